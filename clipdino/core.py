@@ -10,7 +10,8 @@ __all__ = ['PRESETS', 'PACKAGES', 'SettingsError', 'check', 'one_of', 'Settings'
 # %% ../nbs/00_core.ipynb #d77a32ce
 import hashlib, json, os, platform, subprocess, sys, tempfile, time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -66,10 +67,13 @@ def root()->Path:
 
 def in_test()->bool: return bool(os.environ.get('IN_TEST'))
 
+@cache
+def _scratch()->Path: return Path(tempfile.mkdtemp())
+
 def run_dir(name:str)->Path:
     "Folder `runs/<name>` for the files of a run, made if need be; a throwaway one under test"
     check(name not in ('', '.', '..') and not set(name) & set('/\\'), f'name={name!r} is no folder name')
-    d = (Path(tempfile.mkdtemp()) if in_test() else root()/'runs')/name
+    d = (_scratch() if in_test() else root()/'runs')/name
     d.mkdir(parents=True, exist_ok=True)
     return d
 
@@ -103,10 +107,12 @@ class Metrics:
     def __init__(self, path:Path, upto:int=0):
         self.path = Path(path)
         with whole(self.path) as tmp: tmp.write_text(''.join(json.dumps(r) + '\n' for r in self.rows() if r['step'] <= upto))
-    def rows(self)->list:
-        "All rows; an unfinished last line is no row"
-        if not self.path.exists(): return []
-        return [json.loads(l) for l in self.path.read_text().splitlines(keepends=True) if l.endswith('\n')]
+    def rows(self)->list: return self.read(self.path)
+    @staticmethod
+    def read(path:Path)->list:
+        "All rows of a file; an unfinished last line is no row"
+        if not Path(path).exists(): return []
+        return [json.loads(l) for l in Path(path).read_text().splitlines(keepends=True) if l.endswith('\n')]
     def add(self, **row):
         with open(self.path, 'a') as f: f.write(json.dumps(row) + '\n')
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'default_cfgs', 'CLIP_VOCAB', 'ConvStem', 'clipdino_vit_smoke', 'clipdino_vit_mini', 'make_encoder',
-           'patch_of', 'clip_tokenizer', 'trim', 'TextTower', 'text_folder', 'layers_of', 'PretrainedText', 'gather',
-           'rank', 'clip_loss', 'siglip_loss', 'Objective', 'Contrastive', 'dino_loss', 'DINOHead', 'cosine', 'DINO']
+           'patch_of', 'clip_tokenizer', 'trim', 'ShortText', 'TextTower', 'text_folder', 'layers_of', 'PretrainedText',
+           'gather', 'rank', 'clip_loss', 'siglip_loss', 'Objective', 'Contrastive', 'dino_loss', 'DINOHead', 'cosine',
+           'DINO']
 
 # %% ../nbs/01_objectives.ipynb #935fa519
 import copy, gzip, math, tempfile
@@ -52,10 +53,9 @@ class ConvStem(nn.Module):
         x = self.layers(x).permute(0, 2, 3, 1)
         return x if self.output_fmt else x.flatten(1, 2)
 
-def _vit(defaults, pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kw):
-    "A timm VisionTransformer with `defaults`, which keyword arguments override"
-    return timm.models.build_model_with_cfg(VisionTransformer, 'clipdino', pretrained, pretrained_cfg=pretrained_cfg,
-                                            pretrained_cfg_overlay=pretrained_cfg_overlay, **{**defaults, **kw})
+def _vit(name:str, pretrained:bool, kw:dict, **defaults):
+    "timm's VisionTransformer with `defaults`, which `kw` overrides"
+    return timm.models.build_model_with_cfg(VisionTransformer, name, pretrained, **{**defaults, **kw})
 
 MEAN, STD = (.5, .5, .5), (.5, .5, .5)  # of the pixels; stored with every encoder
 default_cfgs = generate_default_cfgs({f'clipdino_vit_{size}.untrained': dict(input_size=(3, 32, 32), num_classes=0, mean=MEAN, std=STD, first_conv='patch_embed', classifier='head')
@@ -64,12 +64,12 @@ default_cfgs = generate_default_cfgs({f'clipdino_vit_{size}.untrained': dict(inp
 @register_model
 def clipdino_vit_smoke(pretrained=False, **kw):
     "Two blocks of width 32, plain patches of 8 px: for tests"
-    return _vit(dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2), pretrained, **kw)
+    return _vit('clipdino_vit_smoke', pretrained, kw, img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
 
 @register_model
 def clipdino_vit_mini(pretrained=False, **kw):
     "Width 128, four heads, convolutional stem: for a laptop"
-    return _vit(dict(img_size=32, patch_size=8, embed_dim=128, depth=4, num_heads=4, embed_layer=ConvStem), pretrained, **kw)
+    return _vit('clipdino_vit_mini', pretrained, kw, img_size=32, patch_size=8, embed_dim=128, depth=3, num_heads=4, embed_layer=ConvStem)
 
 # %% ../nbs/01_objectives.ipynb #490b5f7a
 def make_encoder(arch:str, # a timm name
@@ -106,12 +106,18 @@ def trim(tokens:torch.Tensor, # (B, L)
     return tokens[:, :min(-(-longest//multiple)*multiple, tokens.shape[1])]
 
 # %% ../nbs/01_objectives.ipynb #9bc7a7b3
+class ShortText(TextTransformer):
+    "open_clip's text transformer, for captions padded to any length up to its context"
+    def _embeds(self, text):
+        x, mask = super()._embeds(text)
+        return x, mask[..., :text.shape[1], :text.shape[1]]
+
 class TextTower(nn.Module):
     "CLIP's causal text transformer, from scratch; the feature is the last token's (Radford et al., 2021, section 2.4)"
     def __init__(self, vocab:int, context:int, width:int, layers:int, dim:int):
         super().__init__()
         self.tokenizer = clip_tokenizer(vocab, context)
-        self.net = TextTransformer(context_length=context, vocab_size=vocab, width=width, heads=width//64 if width >= 128 else 2, layers=layers, output_dim=dim)
+        self.net = ShortText(context_length=context, vocab_size=vocab, width=width, heads=width//64 if width >= 128 else 2, layers=layers, output_dim=dim)
     def tokenize(self, captions:list)->torch.Tensor: return trim(self.tokenizer(captions))
     def forward(self, tokens): return self.net(tokens)  # (B, dim)
 

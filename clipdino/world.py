@@ -118,7 +118,7 @@ def from_draws(u:np.ndarray, kinds:str='mixed')->Scene: # (N,)
     colour = pick(u[4], len(COLOURS))
     return Scene(kind=kind, object=pick(u[2], len(NAMES)) if has_object else -1, word=pick(u[3], len(WORDS)) if has_word else -1, colour=colour,
                  background=(colour + 1 + pick(u[5], len(COLOURS) - 1)) % len(COLOURS), texture=pick(u[6], len(TEXTURES)) if single else 0,
-                 style=0 if u[7] < .6 else 1 + pick((u[7] - .6)/.4, len(STYLES) - 1), position=pick(u[8], 9) if kind == 'placed' else -1,
+                 style=0 if u[7] < .7 else 1 + pick((u[7] - .7)/.3, len(STYLES) - 1), position=pick(u[8], 9) if kind == 'placed' else -1,
                  scale=pick(u[9], 3) if single else -1, rotation=pick(u[10], 3) if single else -1,
                  count=pick(u[11], 4) + 1 if kind == 'several' else 0 if single else -1, u=u)
 
@@ -193,13 +193,14 @@ def background(s:Scene, size:int)->Image.Image:
     "The picture's ground"
     u, hue = s.u[16:96], HUES[COLOURS[s.background]]
     _, lo, hi = lumas(s)
-    def tone(k, spread=.05): return shade(hue + spread*(2*u[k] - 1), lo + (hi - lo)*u[k + 1], .35 + .5*u[k + 2])
-    grid = np.array([tone(3*k) for k in range(9)], np.uint8).reshape(3, 3, 3)
+    def tone(k, own): return shade(hue + .05*(2*u[k] - 1) if own else u[k], lo + (hi - lo)*u[k + 1], .35 + .5*u[k + 2])
+    own = np.argsort(u[72:81])[:5]  # cells of the named hue; the other four have any
+    grid = np.array([tone(3*k, k in own) for k in range(9)], np.uint8).reshape(3, 3, 3)
     im = Image.fromarray(grid).resize((size, size), Image.BICUBIC)
     d = ImageDraw.Draw(im)
     def at(k): return u[k]*size*1.2 - .1*size
-    d.polygon([(at(27), at(28)), (at(29), at(30)), (at(31), at(32))], fill=tone(33, .1))
-    for k in range(36, 36 + 6*(2 + pick(u[34], 5)), 6):  # clutter: any hue, the ground's luma
+    d.polygon([(at(27), at(28)), (at(29), at(30)), (at(31), at(32))], fill=tone(33, False))
+    for k in range(36, 36 + 6*(2 + pick(u[71], 5)), 6):  # clutter: any hue, the ground's luma
         x, y, r = at(k), at(k + 1), (.02 + .06*u[k + 2])*size
         c = shade(u[k + 3], lo + (hi - lo)*u[k + 4], .7)
         (d.ellipse if u[k + 5] < .5 else d.rectangle)((x - r, y - r, x + r, y + r), fill=c)
