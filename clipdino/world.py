@@ -30,7 +30,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 from .core import cache_dir, check, digest, one_of, say, uniform, whole
 
 # %% ../nbs/00_world.ipynb #8a22b4b2
-VERSION = '1'  # of the pixels and captions; part of every cache key and result
+VERSION = '2'  # of the pixels and captions; part of every cache key and result
 FAMILIES = dict(
     chess={'chess king': 0x265A, 'chess queen': 0x265B, 'chess rook': 0x265C, 'chess bishop': 0x265D, 'chess knight': 0x265E, 'chess pawn': 0x265F},
     suits={'spade': 0x2660, 'club': 0x2663, 'heart': 0x2665, 'diamond': 0x2666},
