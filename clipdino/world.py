@@ -367,7 +367,7 @@ def subject(s:Scene, colour:str, text:bool)->str: # colour word or '', whether t
     thing = f'{colour} {NAMES[s.object]}'.strip() if s.object >= 0 else ''
     word = WORDS[s.word] if s.word >= 0 else ''
     t = pick(s.u[140], 4)
-    if s.kind in ('object', 'placed'): return thing + (('', f' with the word {word}', f' {word}', f' and text {word}')[t] if text and word else '')
+    if s.kind in ('object', 'placed'): return thing + ((f' with the word {word}', f' {word}', f' and text {word}', f', {word}')[t] if text and word else '')
     if s.kind == 'word': return (f'the word {word}', f'{word} text', word, f'{word} sign')[t] if text else 'text'
     if s.kind == 'sign': return f'{thing} sign' + (f' saying {word}' if text else '')
     if s.kind == 'several':
