@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'default_cfgs', 'CLIP_VOCAB', 'ConvStem', 'clipdino_vit_smoke', 'clipdino_vit_mini', 'make_encoder',
            'patch_of', 'clip_tokenizer', 'trim', 'ShortText', 'TextTower', 'text_folder', 'layers_of', 'PretrainedText',
-           'gather', 'rank', 'clip_loss', 'siglip_loss', 'Objective', 'Contrastive', 'dino_loss', 'DINOHead', 'cosine',
-           'DINO']
+           'gather', 'rank', 'clip_loss', 'siglip_loss', 'Objective', 'Contrastive', 'dino_loss', 'GlobalBatchNorm',
+           'DINOHead', 'cosine', 'DINO']
 
 # %% ../nbs/01_objectives.ipynb #935fa519
 import copy, gzip, math, tempfile
@@ -231,16 +231,29 @@ def dino_loss(student:torch.Tensor, # (V, B, K) logits / temperature, the global
     return ((g*lse[g:].sum(0) + (g - 1)*lse[:g].sum(0)) - dots).mean()/(g*(v - 1))
 
 # %% ../nbs/01_objectives.ipynb #79495c2f
+class GlobalBatchNorm(nn.Module):
+    "Batch normalisation over the rows of all processes, with the statistics of the batch at hand, always"
+    def __init__(self, dim:int, eps:float=1e-5):
+        super().__init__()
+        self.weight, self.bias, self.eps = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim)), eps
+    def forward(self, x): # (N, D), N the same in all processes
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1: return F.batch_norm(x, None, None, self.weight, self.bias, True, eps=self.eps)
+        x = x.float()
+        mean, square = (dist.nn.functional.all_reduce(torch.stack([x.mean(0), x.square().mean(0)]))/dist.get_world_size()).unbind()
+        return (x - mean)*(square - mean.square() + self.eps).rsqrt()*self.weight + self.bias
+
 class DINOHead(nn.Module):
     "Three-layer projection, unit length, weight-normalised linear map to `prototypes` (Caron et al., 2021, appendix C)"
-    def __init__(self, dim:int, prototypes:int, hidden:int, bottleneck:int, learn_norm:bool=False):
+    def __init__(self, dim:int, prototypes:int, hidden:int, bottleneck:int, norm:bool=False, # batch normalisation
+                 learn_scale:bool=False): # whether the length of the prototypes is learnt
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck))
+        def layer(a, b): return [nn.Linear(a, b), *([GlobalBatchNorm(b)] if norm else []), nn.GELU()]
+        self.mlp = nn.Sequential(*layer(dim, hidden), *layer(hidden, hidden), nn.Linear(hidden, bottleneck))
         for m in self.mlp:
             if isinstance(m, nn.Linear): trunc_normal_(m.weight, std=.02); nn.init.zeros_(m.bias)
         self.last = nn.Parameter(torch.empty(prototypes, bottleneck).uniform_(-bottleneck**-.5, bottleneck**-.5))
-        self.norm = nn.Parameter(torch.ones(prototypes, 1)) if learn_norm else 1.
-    def forward(self, x): return F.linear(F.normalize(self.mlp(x), dim=-1), self.norm*F.normalize(self.last, dim=-1))
+        self.scale = nn.Parameter(torch.ones(prototypes, 1)) if learn_scale else 1.
+    def forward(self, x): return F.linear(F.normalize(self.mlp(x), dim=-1), self.scale*F.normalize(self.last, dim=-1))
 
 def cosine(start:float, end:float, done:float)->float:
     "From `start` to `end` along half a cosine"

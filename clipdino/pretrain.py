@@ -74,6 +74,7 @@ class Pretrain(Settings):
     local_size: int = 16  # px
     local_min: float = .05  # area share of local crops
     local_max: float = .4
+    hue: float = .1  # strength of DINO's hue jitter, turns
     # contrastive objectives
     dim: int = 128  # of the joint space
     text_width: int = 128
@@ -86,6 +87,7 @@ class Pretrain(Settings):
     prototypes: int = 1024
     head_hidden: int = 512
     bottleneck: int = 128
+    head_norm: bool = False  # batch normalisation in the head
     momentum: float = .99  # of the teacher, rising to 1
     student_temp: float = .1
     teacher_temp: float = .04
@@ -155,7 +157,7 @@ SOURCES = dict(
     beta2='CLIP: ml-mobileclip; DINO: AdamW default, as in its repository', weight_decay='CLIP: ml-mobileclip; DINO repository', weight_decay_end='constant; DINO repository, cosine to 0.4',
     clip_grad='ml-mobileclip; DINO repository', clip_per='ml-mobileclip; DINO repository', drop_path='open_clip has none; DINO repository', crop_min='open_clip; DINO repository',
     text_model='released checkpoint names: RoBERTa', unlocked='released checkpoints: 10 and 4', freeze_last='DINO repository: one epoch',
-    **dict.fromkeys(('local_crops', 'local_size', 'local_min', 'local_max', 'prototypes', 'head_hidden', 'bottleneck', 'momentum', 'student_temp', 'teacher_temp', 'warmup_teacher_temp',
+    **dict.fromkeys(('local_crops', 'local_size', 'local_min', 'local_max', 'hue', 'prototypes', 'head_hidden', 'bottleneck', 'head_norm', 'momentum', 'student_temp', 'teacher_temp', 'warmup_teacher_temp',
                      'warmup_teacher', 'centre_momentum'), 'DINO repository'),
     **dict.fromkeys(('dim', 'text_width', 'text_layers', 'vocab', 'context'), 'open_clip ViT-B-16'))  # of the paper preset; PAPER means arXiv 2510.11835
 
@@ -173,7 +175,7 @@ def make_objective(run:Pretrain)->nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(run.seed, 3).initial_seed())
         if run.objective == 'dino':
-            head = DINOHead(encoder.num_features, run.prototypes, run.head_hidden, run.bottleneck)
+            head = DINOHead(encoder.num_features, run.prototypes, run.head_hidden, run.bottleneck, run.head_norm)
             return DINO(encoder, make_encoder(run.arch, run.image_size, run.seed), head, run.local_crops, run.momentum, run.student_temp, run.teacher_temp,
                         run.warmup_teacher_temp, run.warmup_teacher, run.centre_momentum, run.freeze_last)
         text = (PretrainedText(run.text_model, run.unlocked, run.context, run.dim) if run.objective == 'clip-lm' else
@@ -183,7 +185,7 @@ def make_objective(run:Pretrain)->nn.Module:
 def view_groups(run:Pretrain)->list:
     "The views that a run's objective sees"
     if run.objective != 'dino': return clip_views(run.image_size, (run.crop_min, 1.))
-    return dino_views(run.image_size, run.local_size, run.local_crops, (run.crop_min, 1.), (run.local_min, run.local_max))
+    return dino_views(run.image_size, run.local_size, run.local_crops, (run.crop_min, 1.), (run.local_min, run.local_max), run.hue)
 
 def make_source(run:Pretrain):
     "The run's images and captions"
@@ -463,7 +465,7 @@ def pretrain(run:Pretrain)->dict:
 def differences(preset:str)->pd.DataFrame:
     "The settings that differ between objectives; all others are the same"
     table = pd.DataFrame({o: asdict(settings(preset, o)) for o in OBJECTIVES}).drop(['objective'])
-    uses = dict(dino=('local_crops', 'local_size', 'local_min', 'local_max', 'prototypes', 'head_hidden', 'bottleneck', 'momentum', 'student_temp', 'teacher_temp', 'warmup_teacher_temp',
+    uses = dict(dino=('local_crops', 'local_size', 'local_min', 'local_max', 'hue', 'prototypes', 'head_hidden', 'bottleneck', 'head_norm', 'momentum', 'student_temp', 'teacher_temp', 'warmup_teacher_temp',
                       'warmup_teacher', 'centre_momentum', 'freeze_last', 'drop_path'), text=('dim', 'context'), scratch=('text_width', 'text_layers', 'vocab'), lm=('text_model', 'unlocked'))
     for kind, names in uses.items():
         has = [o for o in OBJECTIVES if dict(dino=o == 'dino', text=o != 'dino', scratch=o in ('clip', 'siglip'), lm=o == 'clip-lm')[kind]]

@@ -101,7 +101,7 @@ def resample(images:torch.Tensor, # (B, C, C, 3) uint8 or float
             )->torch.Tensor: # (V, B, 3, S, S) in [0, 1]
     "Apply the matrices of both axes"
     x = images.float().permute(0, 3, 1, 2)/255
-    x = cols[:, :, None] @ x.transpose(-1, -2)  # (V, B, 3, S, C)
+    x = (cols[:, :, None] @ x.transpose(-1, -2)).clamp(0, 1)  # (V, B, 3, S, C); Pillow clips in between, too
     return (rows[:, :, None] @ x.transpose(-1, -2)).clamp(0, 1)
 
 # %% ../nbs/01_views.ipynb #494f789d
@@ -231,8 +231,8 @@ def clip_views(size:int, scale=(.9, 1.))->list:
     "One lightly cropped view (open_clip's default)"
     return [[View(size, scale)]]
 
-def dino_views(size:int, local_size:int, local:int=8, scale=(.4, 1.), local_scale=(.05, .4), jitter:float=.8)->list:
+def dino_views(size:int, local_size:int, local:int=8, scale=(.4, 1.), local_scale=(.05, .4), hue:float=.1)->list:
     "Two global and `local` small views (Caron et al., 2021, appendix C and repository)"
-    look = dict(flip=.5, jitter=jitter, grey=.2)
+    look = dict(flip=.5, jitter=.8, strength=(.4, .4, .2, hue), grey=.2)
     globals_ = [View(size, scale, blur=1., **look), View(size, scale, blur=.1, solarise=.2, **look)]
     return [globals_] + ([[View(local_size, local_scale, blur=.5, **look)]*local] if local else [])

@@ -1,0 +1,74 @@
+"The notebooks, the package, the README and the run command stay in step."
+import hashlib, json, os, re, shutil, subprocess, sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+root = Path(__file__).parent.parent
+notebooks = sorted(p for p in root.glob('nbs/*.ipynb') if p.name[0] not in '_.')
+each_notebook = pytest.mark.parametrize('p', notebooks, ids=lambda p: p.name)
+
+def cells(p): return json.loads(p.read_text())['cells']
+def source(c): return ''.join(c['source'])
+
+def test_package_matches_notebooks(tmp_path):
+    "Export afresh elsewhere, so that a stale package fails every time and not only the first"
+    shutil.copy(root/'settings.ini', tmp_path)
+    shutil.copytree(root/'nbs', tmp_path/'nbs')
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}  # with it, nbdev_export does nothing
+    subprocess.run(['nbdev_export'], cwd=tmp_path, check=True, env=env)
+    def code(d): return {p.name: p.read_text() for p in (d/'clipdino').glob('*.py')}
+    assert code(tmp_path) == code(root), 'run nbdev_export and commit the result'
+
+def test_every_module_has_a_notebook_and_imports():
+    named = {m for p in notebooks for m in re.findall(r'"#\| default_exp (\w+)', p.read_text())}
+    assert named == {p.stem for p in root.glob('clipdino/*.py') if p.name[0] != '_'}
+    for m in named: subprocess.run([sys.executable, '-c', f'import clipdino.{m}'], cwd=root, check=True)
+
+@each_notebook
+def test_kernel_is_portable(p):
+    assert json.loads(p.read_text())['metadata']['kernelspec'] == dict(name='python3', language='python', display_name='python3')
+
+@each_notebook
+def test_no_leftovers(p):
+    text = p.read_text()
+    assert 'injected-parameters' not in text
+    assert not re.search(r'(?<![\w.])/(?:root|home/\w+|work|tmp)/', text), 'a path of one machine'
+    assert not any(o['output_type'] == 'error' for c in cells(p) for o in c.get('outputs', []))
+
+@each_notebook
+def test_reads_well_unrun(p):
+    code = [c for c in cells(p) if c['cell_type'] == 'code' and source(c).strip()]
+    assert any(c['outputs'] for c in code), 'commit it executed'
+    assert p.stat().st_size < 1_500_000
+
+@each_notebook
+def test_nbdev_and_quarto_options_never_share_a_cell(p):
+    for c in cells(p):
+        opts = re.findall(r'^#\|(.*)$', source(c), re.M)
+        assert not (any(':' in o for o in opts) and any(':' not in o for o in opts)), source(c)
+
+def test_every_notebook_is_on_the_site_and_in_the_readme():
+    for text in (root/'_quarto.yml').read_text(), (root/'README.md').read_text():
+        for p in notebooks: assert f'nbs/{p.name}' in text
+
+def test_every_setting_is_a_parameter():
+    from clipdino.pretrain import Pretrain
+    tagged, = [c for c in cells(root/'nbs/02_pretrain.ipynb') if 'parameters' in c['metadata'].get('tags', [])]
+    assert sorted(re.findall(r'^(\w+) = ', source(tagged), re.M)) == sorted(f.name for f in fields(Pretrain))
+
+def test_ci_runs_what_the_readme_says():
+    readme, ci = (root/'README.md').read_text(), (root/'.ci/run').read_text()
+    for command in "pip install -e '.[dev]'", 'OMP_NUM_THREADS=1 nbdev_test', 'pytest tests':
+        assert command in readme and command.replace('pytest', 'pytest -q') in ci or command in ci
+
+def test_pixels_belong_to_a_version():
+    "Cached worlds are keyed by `VERSION`: who changes what is drawn or said has to raise it, and these digests with it"
+    import numpy as np
+    from clipdino.world import KINDS, POLICIES, VERSION, caption, scene
+    said = '\n'.join(caption(scene(0, 'test', i, k), p) for i in range(20) for k in KINDS for p in POLICIES)
+    factors = [(s.kind, s.object, s.word, s.colour, s.background, s.texture, s.style, s.position, s.scale, s.rotation, s.count) for s in (scene(0, 'test', i) for i in range(200))]
+    assert (VERSION, hashlib.sha256((said + repr(factors)).encode()).hexdigest()[:12]) == SCENES
+
+SCENES = ('2', '')
