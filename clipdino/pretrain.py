@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'SMOKE', 'MINI', 'SMALL', 'PAPER', 'DINO_VIEWS', 'BY_OBJECTIVE', 'SOURCES', 'Pretrain', 'validate',
-           'settings', 'make_objective', 'view_groups', 'make_source', 'param_groups', 'schedule', 'features',
-           'linear_probe', 'knn', 'WorldProbe', 'state_tensors', 'tensors_digest', 'save_state', 'load_state',
-           'use_compile', 'clip_gradients', 'NonFinite', 'check_settings', 'Trainer', 'export_encoder', 'open_encoder',
-           'retrieval', 'finish', 'pretrain', 'differences', 'show_samples', 'show_views', 'show_curves']
+           'check_data', 'settings', 'make_objective', 'view_groups', 'make_source', 'param_groups', 'schedule',
+           'features', 'linear_probe', 'knn', 'world_tasks', 'labelled_task', 'Probe', 'state_tensors',
+           'tensors_digest', 'save_state', 'load_state', 'use_compile', 'clip_gradients', 'NonFinite', 'check_settings',
+           'make_probe', 'Trainer', 'export_encoder', 'open_encoder', 'retrieval', 'finish', 'pretrain', 'collect',
+           'differences', 'show_samples', 'show_views', 'show_curves']
 
 # %% ../nbs/02_pretrain.ipynb #568ea07d
 import hashlib, json, os, tempfile, textwrap, time
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -54,7 +55,7 @@ class Pretrain(Settings):
     max_bad: float = .05  # share of bad samples in shards that a run puts up with
     workers: int = 0  # loader processes
     # budget and optimiser: the same for all objectives
-    samples: int = 196608  # images seen in all
+    samples: int = 163840  # images seen in all
     batch: int = 64  # images per step, over all processes
     lr: float = 1e-3  # peak learning rate
     min_lr: float = 1e-5  # at the end of the cosine
@@ -84,7 +85,7 @@ class Pretrain(Settings):
     text_model: str = 'minilm'  # clip-lm: a transformers encoder, by name or folder
     unlocked: int = 2  # clip-lm: its last layers that are trained
     # DINO
-    prototypes: int = 1024
+    prototypes: int = 256
     head_hidden: int = 512
     bottleneck: int = 128
     head_norm: bool = False  # batch normalisation in the head
@@ -98,7 +99,7 @@ class Pretrain(Settings):
     # machinery
     precision: str = 'auto'  # fp32, bf16; auto: bf16 on GPUs that have it
     compile: str = 'auto'  # on, off; auto: on a GPU, and on a CPU with a C++ compiler
-    probes: int = 6  # evaluations during the run, besides the one before it
+    probes: int = 8  # evaluations during the run, besides the one before it
     probe_data: str = ''  # labelled images for them; empty means the world's, for runs on the world
     eval_data: str = ''  # held-out shards for image-text retrieval at the end
     save_every: int = 16384  # samples between saved states
@@ -130,8 +131,13 @@ def validate(run:Pretrain):
     patch = patch_of(run.arch)
     sizes = ['image_size'] + ['local_size']*(run.objective == 'dino' and run.local_crops > 0)
     for f in sizes: check(getattr(run, f) > 0 and getattr(run, f) % patch == 0, f'{f}={getattr(run, f)} must be a multiple of the patch size of {run.arch}, {patch}')
-    if run.data != 'world': expand(run.data)
-    if run.eval_data: expand(run.eval_data)
+    check(not run.tracker or find_spec(run.tracker) is not None, f'tracker={run.tracker} needs the package of that name: pip install {run.tracker}')
+
+def check_data(run:Pretrain):
+    "Refuse a run whose shards are not there"
+    check(run.data != '', f'the preset {run.preset} trains on image-text shards: give them with -p data')
+    for spec in {run.data, run.eval_data} - {'world', ''}: expand(spec)
+    check(not run.eval_data or run.objective != 'dino', 'eval_data is for objectives that read captions, and dino reads none')
 
 # %% ../nbs/02_pretrain.ipynb #3a55fe4f
 SMOKE = dict(images=128, canvas=32, samples=128, batch=16, arch='clipdino_vit_smoke', dim=32, text_width=32, text_layers=1, vocab=1024, local_crops=2, prototypes=32,
@@ -139,13 +145,13 @@ SMOKE = dict(images=128, canvas=32, samples=128, batch=16, arch='clipdino_vit_sm
 MINI = {}
 SMALL = dict(images=262144, canvas=144, samples=4_194_304, batch=1024, image_size=128, arch='vit_small_patch16_224', dim=384, text_width=384, text_layers=6, vocab=8192,
              local_size=64, local_crops=8, prototypes=8192, head_hidden=2048, bottleneck=256, momentum=.99, probes=8, save_every=524288, workers=8)
-PAPER = dict(images=12_800_000, canvas=288, samples=245_760_000, batch=8192, lr=1e-3, min_lr=0., warmup=1000/30000, beta2=.95, weight_decay=.2, weight_decay_end=.2,
+PAPER = dict(data='', canvas=288, samples=245_760_000, batch=8192, lr=1e-3, min_lr=0., warmup=1000/30000, beta2=.95, weight_decay=.2, weight_decay_end=.2,
              image_size=224, arch='vit_base_patch16_224', dim=512, text_width=512, text_layers=12, vocab=CLIP_VOCAB, context=77, text_model='roberta-base', unlocked=10,
              local_size=96, local_crops=8, prototypes=65536, head_hidden=2048, bottleneck=256, workers=16, probes=20, save_every=4_096_000)
 DINO_VIEWS = dict(crop_min=.4, local_min=.05, local_max=.4)
 BY_OBJECTIVE = dict(
     smoke=dict(dino=DINO_VIEWS),
-    mini=dict(dino=DINO_VIEWS),
+    mini=dict(dino=dict(DINO_VIEWS, local_min=.15, hue=.5, head_norm=True, weight_decay=.04, weight_decay_end=.04, warmup=.1)),
     small=dict(dino=DINO_VIEWS),
     paper=dict(dino=dict(DINO_VIEWS, batch=1024, lr=2e-3, min_lr=1e-6, warmup=.1, beta2=.999, weight_decay=.04, weight_decay_end=.4, clip_grad=3., clip_per='parameter',
                          drop_path=.1, momentum=.996, freeze_last=1/20)))
@@ -242,13 +248,18 @@ def knn(x, y, x_test, y_test, k:int=20, temp:float=.07)->float:
     votes = torch.zeros(len(x_test), int(y.max()) + 1).scatter_add_(1, y[near], (sim/temp).exp())
     return (votes.argmax(1) == y_test).float().mean().item()
 
-class WorldProbe:
-    "Object class on one-object scenes and word identity on signs, on images that training never shows"
-    def __init__(self, canvas:int, n:int=2048, test:int=1024, split:str='val'):
-        self.sets = {}
-        for task, kind in ('object', 'object'), ('word', 'word'):
-            a, b = World('probe', n, canvas, kinds=kind), World(split, test, canvas, kinds=kind)
-            self.sets[task] = [(w.images, np.full((len(w), 2), canvas, np.int32), torch.from_numpy(w.labels[task])) for w in (a, b)]
+def world_tasks(canvas:int, n:int=2048, test:int=1024, split:str='val')->dict: # task -> (images, hw, labels) of training and test
+    "Object class on one-object scenes and word identity on words, on images that pre-training never shows"
+    def part(kind, split, n): return (w := World(split, n, canvas, kinds=kind)).images, np.full((n, 2), canvas, np.int32), torch.from_numpy(w.labels[kind])
+    return {kind: [part(kind, 'probe', n), part(kind, split, test)] for kind in ('object', 'word')}
+
+def labelled_task(spec:str, canvas:int, limit:int=5000)->dict:
+    "The classes of a labelled set"
+    return dict(classes=[(s.images, s.hw, torch.from_numpy(s.labels)) for s in (labelled(spec, canvas, split, limit) for split in ('train', 'test'))])
+
+class Probe:
+    "Linear probe and nearest neighbours on every task"
+    def __init__(self, tasks:dict): self.sets = tasks
 
     def __call__(self, encoder, size:int)->dict:
         "Accuracies, 0 to 1"
@@ -319,6 +330,12 @@ def check_settings(folder:Path, run:Pretrain, fingerprint:str):
         check(not other, f'{folder.name} was begun with other settings: {"; ".join(other)}; give the new run another name')
     else: write_json(path, dict(now, environment=environment()))
 
+def make_probe(run:Pretrain):
+    "The run's in-training probe: its labelled set, or the world's tasks for runs on the world; None if it wants none"
+    if not run.probes: return None
+    if run.probe_data: return Probe(labelled_task(run.probe_data, run.canvas))
+    return Probe(world_tasks(run.canvas, *((64, 64) if run.preset == 'smoke' else ()))) if run.data == 'world' else None
+
 # %% ../nbs/02_pretrain.ipynb #a4b304f3
 class Trainer:
     "One run: its parts, its state, and the loop"
@@ -340,7 +357,7 @@ class Trainer:
         self.metrics = Metrics(folder/'metrics.jsonl', upto=self.step)
         self.model = self.acc.prepare(self.objective)
         if use_compile(run, self.acc.device): self.model = torch.compile(self.model, dynamic=False)
-        self.probe = WorldProbe(run.canvas, *((64, 64) if run.preset == 'smoke' else ())) if run.data == 'world' and run.probes else None
+        self.probe = make_probe(run)
 
     @property
     def encoder(self)->nn.Module: return getattr(self.objective, self.objective.exported)
@@ -449,6 +466,7 @@ def finish(t:Trainer, scores:dict, seconds:float)->dict:
 
 def pretrain(run:Pretrain)->dict:
     "Begin, continue or look up a run; its result"
+    check_data(run)
     folder = run_dir(run.folder_name)
     try:
         with FileLock(folder/'.lock', timeout=0):
@@ -460,6 +478,18 @@ def pretrain(run:Pretrain)->dict:
             if t.step: say(f'continuing {folder.name} from step {t.step} of {run.steps}')
             return finish(t, t.fit(), time.time() - start)
     except Timeout: check(False, f'another process is running {folder.name}; wait for it, or give this run another name')
+
+# %% ../nbs/02_pretrain.ipynb #6207ee85
+def collect(folders)->pd.DataFrame: # finished run folders
+    "Probe accuracies of several runs, one row per run, images seen and task, with what is needed to tell runs apart"
+    rows = []
+    for d in sorted(map(Path, folders)):
+        s, r = read_json(d/'settings.json'), read_json(d/'result.json')
+        same = dict(objective=s['objective'], preset=s['preset'], seed=s['seed'], settings=digest({k: v for k, v in s.items() if k not in ('seed', 'name', 'environment', 'objective')}),
+                    data=s['fingerprint'], commit=r['environment']['commit'], device=r['environment']['device'], images_per_s=round(r['images_per_s']))
+        for m in Metrics.read(d/'metrics.jsonl'):
+            rows += [dict(same, samples=m['samples'], task=k.rsplit('_', 1)[0], readout=k.rsplit('_', 1)[1], accuracy=round(v, 4)) for k, v in m.items() if k.endswith(('_linear', '_knn'))]
+    return pd.DataFrame(rows)
 
 # %% ../nbs/02_pretrain.ipynb #fe423add
 def differences(preset:str)->pd.DataFrame:
