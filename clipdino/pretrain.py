@@ -59,7 +59,7 @@ class Pretrain(Settings):
     batch: int = 64  # images per step, over all processes
     lr: float = 1e-3  # peak learning rate
     min_lr: float = 1e-5  # at the end of the cosine
-    warmup: float = .05  # share of the run with rising learning rate
+    warmup: float = .1  # share of the run with rising learning rate
     beta2: float = .98
     weight_decay: float = .1
     weight_decay_end: float = .1  # reached along a cosine
@@ -151,9 +151,9 @@ PAPER = dict(data='', canvas=288, samples=245_760_000, batch=8192, lr=1e-3, min_
 DINO_VIEWS = dict(crop_min=.4, local_min=.05, local_max=.4)
 BY_OBJECTIVE = dict(
     smoke=dict(dino=DINO_VIEWS),
-    mini=dict(dino=dict(DINO_VIEWS, local_min=.15, hue=.5, head_norm=True, weight_decay=.04, weight_decay_end=.04, warmup=.1)),
+    mini=dict(dino=dict(DINO_VIEWS, local_min=.15, hue=.5, head_norm=True, batch=32, lr=5e-4, weight_decay=.04, weight_decay_end=.04, teacher_temp=.02, warmup_teacher_temp=.02)),
     small=dict(dino=DINO_VIEWS),
-    paper=dict(dino=dict(DINO_VIEWS, batch=1024, lr=2e-3, min_lr=1e-6, warmup=.1, beta2=.999, weight_decay=.04, weight_decay_end=.4, clip_grad=3., clip_per='parameter',
+    paper=dict(dino=dict(DINO_VIEWS, batch=1024, lr=2e-3, min_lr=1e-6, beta2=.999, weight_decay=.04, weight_decay_end=.4, clip_grad=3., clip_per='parameter',
                          drop_path=.1, momentum=.996, freeze_last=1/20)))
 
 SOURCES = dict(
@@ -216,7 +216,7 @@ def features(encoder:nn.Module, images, hw, size:int, batch:int=256)->torch.Tens
     encoder.eval()
     out = []
     for i in range(0, len(images), batch):
-        x = torch.from_numpy(np.ascontiguousarray(images[i:i + batch])).to(device)
+        x = torch.from_numpy(np.array(images[i:i + batch])).to(device)  # a copy: memory maps are read-only
         out.append(encoder(centre(x, torch.as_tensor(hw[i:i + batch], device=device), size, MEAN, STD)).float().cpu())
     encoder.train(training)
     return torch.cat(out)

@@ -1,0 +1,104 @@
+"The training loop keeps its promises: exact continuation, identical reload, nothing non-finite in the weights."
+from dataclasses import replace
+
+import pytest
+import torch
+
+from clipdino.core import SettingsError
+from clipdino.data import loader
+from clipdino.pretrain import OBJECTIVES, NonFinite, Trainer, check_settings, finish, open_encoder, pretrain, settings, state_tensors, tensors_digest
+
+def smoke(objective, name, **given): return settings('smoke', objective, **{'name': name, 'probes': 0, 'save_every': 32, **given})
+
+def trained(run, folder):
+    folder.mkdir(exist_ok=True)
+    t = Trainer(run, folder)
+    t.fit()
+    return t
+
+class Cut(Exception): "Stands for a power cut"
+
+def cut(run, folder, at):
+    "Stop before step `at`"
+    folder.mkdir(exist_ok=True)
+    t = Trainer(run, folder)
+    update = t.update
+    def failing(batch):
+        if t.step == at: raise Cut
+        return update(batch)
+    t.update = failing
+    with pytest.raises(Cut): t.fit()
+
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('objective', OBJECTIVES)
+def test_a_run_that_was_cut_ends_with_the_same_bytes(tmp_path, objective, workers):
+    if workers and objective != 'dino': pytest.skip('one objective is enough for the loader')
+    run = smoke(objective, 'x', samples=256)  # two epochs
+    straight = trained(run, tmp_path/'straight')
+    for at in 3, 9, 13: cut(replace(run, workers=workers), tmp_path/'cut', at)
+    resumed = trained(replace(run, workers=workers), tmp_path/'cut')
+    assert tensors_digest(state_tensors(resumed.objective, resumed.opt)) == tensors_digest(state_tensors(straight.objective, straight.opt))
+    assert [(r['step'], r['loss']) for r in resumed.metrics.rows()] == [(r['step'], r['loss']) for r in straight.metrics.rows()]
+    assert [r['step'] for r in resumed.metrics.rows()] == list(range(1, run.steps + 1))
+
+def test_seeds_differ_and_repeat(tmp_path):
+    a, b, c = (trained(smoke('dino', k, seed=s), tmp_path/k) for k, s in (('a', 0), ('b', 0), ('c', 1)))
+    losses = [[r['loss'] for r in t.metrics.rows()] for t in (a, b, c)]
+    assert losses[0] == losses[1] != losses[2]
+
+@pytest.mark.parametrize('objective', OBJECTIVES)
+def test_the_exported_encoder_gives_identical_features(tmp_path, objective):
+    t = trained(smoke(objective, 'x'), tmp_path)
+    finish(t, {}, 0.)
+    x = torch.rand(3, 3, 32, 32)
+    with torch.no_grad(): assert torch.equal(open_encoder(tmp_path)(x), t.encoder.eval()(x))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['bad.jsonl', 'config.json', 'metrics.jsonl', 'model.safetensors', 'objective.safetensors', 'result.json', 'settings.json']
+
+@pytest.mark.parametrize('harm', ['flip', 'truncate'])
+def test_a_damaged_state_is_passed_over(tmp_path, harm, capsys):
+    run = smoke('clip', 'x')
+    trained(run, tmp_path)
+    last = sorted(tmp_path.glob('state-*'))[-1]
+    raw = bytearray(last.read_bytes())
+    raw[-100] ^= 1
+    last.write_bytes(raw if harm == 'flip' else raw[:-200])
+    assert Trainer(run, tmp_path).step == run.steps - 2 and 'is damaged' in capsys.readouterr().out
+
+def test_nothing_non_finite_reaches_the_weights(tmp_path):
+    t = trained(smoke('clip', 'x'), tmp_path)
+    with torch.no_grad(): t.objective.log_scale.fill_(float('nan'))
+    before = tensors_digest(state_tensors(t.objective, t.opt))
+    with pytest.raises(NonFinite, match='loss nan'): t.update(next(iter(loader(t.source, 16, 0, steps=1, tokenize=t.objective.text.tokenize))))
+    assert tensors_digest(state_tensors(t.objective, t.opt)) == before
+
+def test_other_settings_are_refused(tmp_path):
+    run = smoke('clip', 'x')
+    t = trained(run, tmp_path)
+    with pytest.raises(SettingsError, match='was begun with other settings: lr was 0.001 and is now 0.1'): check_settings(tmp_path, replace(run, lr=.1), t.source.fingerprint)
+
+def test_learning_beats_the_start(tmp_path):
+    "A few epochs of a few pictures: the contrastive losses fall (DINO's target moves, so its loss says nothing)"
+    for o in 'clip', 'siglip', 'clip-lm':
+        rows = trained(smoke(o, 'x', samples=1024, lr=3e-3, save_every=2048), tmp_path/o).metrics.rows()
+        assert sum(r['loss'] for r in rows[-8:]) < .97*sum(r['loss'] for r in rows[:8]), o
+
+def test_dino_teacher_centre_and_schedules(tmp_path):
+    "Two steps against the formulas, by hand"
+    run = smoke('dino', 'x', momentum=.9, centre_momentum=.8, freeze_last=.2, warmup_teacher=.5, warmup_teacher_temp=.02)
+    t = Trainer(run, tmp_path)
+    o = t.objective
+    from clipdino.objectives import cosine
+    for k, batch in zip(range(2), t.batches()):
+        teacher, centre, last = [p.clone() for p in o.teacher.parameters()], o.centre.clone(), o.head.last.clone()
+        t.update(batch)
+        m = cosine(.9, 1., (k + 1)/run.steps)
+        for p, old, s in zip(o.teacher.parameters(), teacher, o.encoder.parameters()): torch.testing.assert_close(p.data, m*old + (1 - m)*s.data)
+        torch.testing.assert_close(o.centre, .8*centre + .2*o.batch_centre)
+        assert torch.equal(o.head.last, last)  # frozen
+        assert o.temp.item() == pytest.approx(.02 + .02*min(2*k/run.steps, 1))
+
+def test_tracker(tmp_path):
+    pytest.importorskip('tensorboard')
+    t = trained(smoke('clip', 'x', tracker='tensorboard'), tmp_path)
+    t.acc.end_training()
+    assert list(tmp_path.rglob('events.out.tfevents*'))
