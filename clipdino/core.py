@@ -141,7 +141,8 @@ def mix(*keys)->torch.Tensor: # ints, or int64 tensors that broadcast together
     h = torch.zeros((), dtype=torch.int64)
     for k in keys:
         k = torch.as_tensor(k, dtype=torch.int64)
-        h = (h.to(k.device) ^ k) * _M1 + _GAMMA
+        if k.ndim: h = h.to(k.device)
+        h = (h ^ k.to(h.device)) * _M1 + _GAMMA
         h = (h ^ _shr(h, 30)) * _M1
         h = (h ^ _shr(h, 27)) * _M2
         h = h ^ _shr(h, 31)

@@ -342,9 +342,9 @@ class Order:
 # %% ../nbs/01_data.ipynb #ef055676
 class Steps(torch.utils.data.Dataset):
     "The batches of a run as a map from its steps"
-    def __init__(self, source, batch:int, seed:int, rank:int=0, ranks:int=1, tokenize=None, group:int=16):
+    def __init__(self, source, batch:int, seed:int, rank:int=0, ranks:int=1, tokenize=None, group:int=16, transform=None):
         check(batch % ranks == 0, f'batch={batch} can not be split evenly over {ranks} processes')
-        self.source, self.batch, self.local, self.rank, self.tokenize = source, batch, batch//ranks, rank, tokenize
+        self.source, self.batch, self.local, self.rank, self.tokenize, self.transform = source, batch, batch//ranks, rank, tokenize, transform
         sizes = getattr(source, 'shard_sizes', None)
         self.order = Order(len(source) if sizes is None else sizes, seed, group)
 
@@ -352,7 +352,8 @@ class Steps(torch.utils.data.Dataset):
         epochs, ids = self.order(torch.arange(self.local) + (step*self.batch + self.rank*self.local))
         images, hw, captions, bad = self.source.batch(ids.numpy())
         out = dict(step=step, images=torch.as_tensor(images), hw=torch.as_tensor(hw), ids=ids, epochs=epochs, captions=list(captions), bad=bad)
-        return out if self.tokenize is None else dict(out, tokens=self.tokenize(out['captions']))
+        if self.tokenize is not None: out['tokens'] = self.tokenize(out['captions'])
+        return out if self.transform is None else self.transform(out)
 
 def _same(x): return x
 
@@ -368,9 +369,10 @@ def loader(source, # see the top of this page
            pin:bool=False, # page-locked memory, for copies to a GPU
            prefetch:int=2, # batches that each worker makes ahead
            group:int=16, # shards that are shuffled together
+           transform=None, # batch -> batch, done where the batch is made
           )->DataLoader: # of dicts: step, images (b, S, S, 3), hw (b, 2), ids (b,), epochs (b,), captions, bad, tokens
     "The batches of steps `start` to `steps`, for one rank"
-    return DataLoader(Steps(source, batch, seed, rank, ranks, tokenize, group), batch_size=None, sampler=range(start, steps), num_workers=workers,
+    return DataLoader(Steps(source, batch, seed, rank, ranks, tokenize, group, transform), batch_size=None, sampler=range(start, steps), num_workers=workers,
                       collate_fn=_same, pin_memory=pin, prefetch_factor=prefetch if workers else None)
 
 # %% ../nbs/01_data.ipynb #e5bd0ab6

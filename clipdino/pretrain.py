@@ -34,7 +34,7 @@ from .core import (Metrics, PRESETS, Progress, Settings, SettingsError, check, d
                            read_json, run_dir, say, whole, write_json)
 from .data import Bad, Shards, expand, labelled, loader
 from .objectives import (CLIP_VOCAB, Contrastive, DINO, DINOHead, MEAN, STD, PretrainedText, TextTower, cosine, make_encoder, patch_of)
-from .views import centre, clip_views, dino_views, make_views
+from .views import AddViews, centre, clip_views, dino_views, make_views
 from .world import POLICIES, World
 
 # %% ../nbs/02_pretrain.ipynb #e7123f12
@@ -50,12 +50,13 @@ class Pretrain(Settings):
     # data
     data: str = 'world'  # the embedded world, or WebDataset shards: a folder, glob or brace expansion
     captions: str = 'web'  # what the world's captions mention
-    images: int = 65536  # pictures of the world, an epoch of it
+    images: int = 49152  # pictures of the world, an epoch of it
     canvas: int = 48  # px to which pictures are rendered, or decoded at most
     max_bad: float = .05  # share of bad samples in shards that a run puts up with
     workers: int = 0  # loader processes
+    augment: str = 'device'  # where views are made: on the device, or by the workers
     # budget and optimiser: the same for all objectives
-    samples: int = 163840  # images seen in all
+    samples: int = 98304  # images seen in all
     batch: int = 64  # images per step, over all processes
     lr: float = 1e-3  # peak learning rate
     min_lr: float = 1e-5  # at the end of the cosine
@@ -99,7 +100,7 @@ class Pretrain(Settings):
     # machinery
     precision: str = 'auto'  # fp32, bf16; auto: bf16 on GPUs that have it
     compile: str = 'auto'  # on, off; auto: on a GPU, and on a CPU with a C++ compiler
-    probes: int = 8  # evaluations during the run, besides the one before it
+    probes: int = 6  # evaluations during the run, besides the one before it
     probe_data: str = ''  # labelled images for them; empty means the world's, for runs on the world
     eval_data: str = ''  # held-out shards for image-text retrieval at the end
     save_every: int = 16384  # samples between saved states
@@ -120,7 +121,7 @@ def validate(run:Pretrain):
     one_of('objective', run.objective, OBJECTIVES)
     one_of('preset', run.preset, PRESETS)
     one_of('captions', run.captions, POLICIES)
-    for f, allowed in dict(precision=('auto', 'fp32', 'bf16'), compile=('auto', 'on', 'off'), clip_per=('model', 'parameter'), tracker=('', 'tensorboard', 'wandb')).items():
+    for f, allowed in dict(augment=('device', 'workers'), precision=('auto', 'fp32', 'bf16'), compile=('auto', 'on', 'off'), clip_per=('model', 'parameter'), tracker=('', 'tensorboard', 'wandb')).items():
         one_of(f, getattr(run, f), allowed)
     at_least = dict(seed=0, batch=2, images=2, workers=0, local_crops=0, probes=0, unlocked=0, dim=1, prototypes=2, context=4, lr=0, save_every=1, text_width=2, text_layers=1)
     for f, low in at_least.items(): check(getattr(run, f) >= low, f'{f}={getattr(run, f)} must be at least {low}')
@@ -151,7 +152,7 @@ PAPER = dict(data='', canvas=288, samples=245_760_000, batch=8192, lr=1e-3, min_
 DINO_VIEWS = dict(crop_min=.4, local_min=.05, local_max=.4)
 BY_OBJECTIVE = dict(
     smoke=dict(dino=DINO_VIEWS),
-    mini=dict(dino=dict(DINO_VIEWS, local_min=.15, hue=.5, head_norm=True, batch=32, lr=5e-4, weight_decay=.04, weight_decay_end=.04, teacher_temp=.02, warmup_teacher_temp=.02)),
+    mini=dict(dino=dict(DINO_VIEWS, local_min=.15, hue=.5, head_norm=True, batch=32, lr=5e-4, weight_decay=.04, weight_decay_end=.04, prototypes=1024, warmup_teacher_temp=.02, warmup_teacher=.3)),
     small=dict(dino=DINO_VIEWS),
     paper=dict(dino=dict(DINO_VIEWS, batch=1024, lr=2e-3, min_lr=1e-6, beta2=.999, weight_decay=.04, weight_decay_end=.4, clip_grad=3., clip_per='parameter',
                          drop_path=.1, momentum=.996, freeze_last=1/20)))
@@ -357,6 +358,7 @@ class Trainer:
         self.metrics = Metrics(folder/'metrics.jsonl', upto=self.step)
         self.model = self.acc.prepare(self.objective)
         if use_compile(run, self.acc.device): self.model = torch.compile(self.model, dynamic=False)
+        self.add_views = AddViews(view_groups(run), run.seed, MEAN, STD)
         self.probe = make_probe(run)
 
     @property
@@ -365,17 +367,19 @@ class Trainer:
     def batches(self):
         "The run's batches from the current step on, on the device"
         tokenize = self.objective.text.tokenize if self.objective.captions else None
+        def move(v): return v.to(self.acc.device, non_blocking=True) if isinstance(v, torch.Tensor) else list(map(move, v)) if isinstance(v, list) else v
         for b in loader(self.source, self.run.batch, self.run.seed, self.step, self.run.steps, self.acc.process_index, self.acc.num_processes, self.run.workers, tokenize,
-                        pin=self.acc.device.type == 'cuda'):
-            yield {k: v.to(self.acc.device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in b.items()}
+                        pin=self.acc.device.type == 'cuda', transform=self.add_views if self.run.augment == 'workers' else None):
+            self.bad.add(b['step'], b['bad'], len(b['ids']))
+            b = {k: move(v) for k, v in b.items()}
+            yield b if 'views' in b else self.add_views(b)
 
     def update(self, batch)->dict:
         "One step: views, loss, gradient, update; the numbers worth logging"
         run, done = self.run, self.step/self.run.steps
         for g in self.opt.param_groups: g.update({k: v if k == 'lr' or g['decays'] else 0. for k, v in schedule(run, done).items()})
         self.objective.set_progress(done)
-        with torch.no_grad(): views = make_views(view_groups(run), batch['images'], batch['hw'], run.seed, batch['epochs'], batch['ids'], MEAN, STD)
-        with self.acc.autocast(): out = self.model(views, batch.get('tokens'))
+        with self.acc.autocast(): out = self.model(batch['views'], batch.get('tokens'))
         self.acc.backward(out['loss'])
         norm = clip_gradients(self.params, run.clip_grad, run.clip_per)
         if not torch.isfinite(out['loss'] + norm): raise NonFinite(f'step {self.step}: loss {out["loss"].item()}, gradient norm {norm.item()}; sample ids {batch["ids"].tolist()[:8]}...')
@@ -410,7 +414,6 @@ class Trainer:
         if self.step == 0: scores = self.evaluate()
         t = time.time()
         for batch in self.batches():
-            self.bad.add(batch['step'], batch['bad'], len(batch['ids']))
             out = self.update(batch)
             if self.step % every == 0 or self.step == run.steps:
                 values = {k: v.item() for k, v in out.items()}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRIES', 'FILTERS', 'View', 'draws', 'crop_boxes', 'resize_matrix', 'resample', 'grey', 'shift_hue', 'colour_jitter',
-           'blur_matrix', 'Views', 'make_views', 'centre', 'clip_views', 'dino_views']
+           'blur_matrix', 'Views', 'make_views', 'AddViews', 'centre', 'clip_views', 'dino_views']
 
 # %% ../nbs/01_views.ipynb #2f78d6a5
 import math
@@ -218,6 +218,14 @@ def make_views(groups, # lists of `View`s; the views of a group have one size
         out.append(Views(views, mean, std)(images, hw, u))
         first += len(views)
     return out
+
+class AddViews:
+    "Puts the views of a batch in the place of its pictures; on the device, or in a loader's process"
+    def __init__(self, groups, seed:int, mean, std): self.groups, self.seed, self.mean, self.std = groups, seed, mean, std
+    @torch.no_grad()
+    def __call__(self, batch:dict)->dict: # with images, hw, epochs, ids
+        views = make_views(self.groups, batch['images'], batch['hw'], self.seed, batch['epochs'], batch['ids'], self.mean, self.std)
+        return {k: v for k, v in batch.items() if k not in ('images', 'hw')} | dict(views=views)
 
 def centre(images:torch.Tensor, hw:torch.Tensor, size:int, mean, std, filter:str='bicubic')->torch.Tensor: # (B, 3, size, size)
     "Resize the short side to `size` and crop the centre: what an encoder sees when nothing is random"

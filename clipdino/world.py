@@ -9,14 +9,14 @@ __all__ = ['VERSION', 'FAMILIES', 'OBJECTS', 'NAMES', 'FAMILY_OF', 'WORDS', 'FON
            'place', 'tile', 'fill', 'lumas', 'background', 'tones', 'Part', 'word_mask', 'object_mask', 'angle_of',
            'plate', 'single_parts', 'word_parts', 'several_parts', 'label_part', 'series', 'bars_parts', 'line_parts',
            'table_parts', 'diagram_parts', 'stylise', 'render', 'annotations', 'subject', 'caption', 'versions',
-           'fill_rows', 'render_file', 'World', 'draws_of']
+           'fill_rows', 'render_file', 'World']
 
 # %% ../nbs/00_world.ipynb #6b516d41
 import colorsys, math, os, shutil
 from bisect import bisect
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib import import_module, metadata
 from multiprocessing import get_context
 from pathlib import Path
@@ -435,31 +435,25 @@ class World:
         with FileLock(f'{path}.lock'):
             if not path.exists(): render_file(path, n, size, seed, split, kinds, workers or os.cpu_count())
         self.images = np.load(path, mmap_mode='r')
-        self._draws, self._captions, self._labels = None, None, None
 
     def __len__(self): return self.n
     def scene(self, i:int)->Scene: return scene(self.seed, self.split, i, self.kinds)
     def scenes(self): return (from_draws(u, self.kinds) for k in range(0, self.n, 4096) for u in draw(self.seed, self.split, np.arange(k, min(k + 4096, self.n))))
 
-    @property
+    @cached_property
     def labels(self)->dict:
         "factor -> (n,) int64, -1 where a scene has none"
-        if self._labels is None:
-            rows = np.array([[s.label(f) for f in FACTORS] for s in self.scenes()])
-            self._labels = {f: rows[:, k] for k, f in enumerate(FACTORS)}
-        return self._labels
+        rows = np.array([[s.label(f) for f in FACTORS] for s in self.scenes()])
+        return {f: rows[:, k] for k, f in enumerate(FACTORS)}
 
     @property
     def classes(self)->dict: return FACTORS
 
-    @property
-    def captions(self)->list:
-        if self._captions is None: self._captions = [caption(s, self.policy) for s in self.scenes()]
-        return self._captions
+    @cached_property
+    def captions(self)->list: return [caption(s, self.policy) for s in self.scenes()]
 
     def batch(self, ids):
         "Images (B, S, S, 3), sizes (B, 2), captions, and no bad samples"
         ids = np.asarray(ids)
-        return self.images[ids], np.full((len(ids), 2), self.size, np.int32), [caption(from_draws(u, self.kinds), self.policy) for u in draws_of(self, ids)], []
-
-def draws_of(w:World, ids)->np.ndarray: return draw(w.seed, w.split, ids)
+        captions = [caption(from_draws(u, self.kinds), self.policy) for u in draw(self.seed, self.split, ids)]
+        return self.images[ids], np.full((len(ids), 2), self.size, np.int32), captions, []

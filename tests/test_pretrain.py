@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from clipdino.core import SettingsError
-from clipdino.data import loader
 from clipdino.pretrain import OBJECTIVES, NonFinite, Trainer, check_settings, finish, open_encoder, pretrain, settings, state_tensors, tensors_digest
 
 def smoke(objective, name, **given): return settings('smoke', objective, **{'name': name, 'probes': 0, 'save_every': 32, **given})
@@ -41,6 +40,11 @@ def test_a_run_that_was_cut_ends_with_the_same_bytes(tmp_path, objective, worker
     assert [(r['step'], r['loss']) for r in resumed.metrics.rows()] == [(r['step'], r['loss']) for r in straight.metrics.rows()]
     assert [r['step'] for r in resumed.metrics.rows()] == list(range(1, run.steps + 1))
 
+@pytest.mark.parametrize('objective', ['clip', 'dino'])
+def test_views_made_by_workers_are_the_same(tmp_path, objective):
+    a, b = (trained(smoke(objective, 'x', **given), tmp_path/f'{i}') for i, given in enumerate((dict(), dict(augment='workers', workers=2))))
+    assert [r['loss'] for r in a.metrics.rows()] == [r['loss'] for r in b.metrics.rows()]
+
 def test_seeds_differ_and_repeat(tmp_path):
     a, b, c = (trained(smoke('dino', k, seed=s), tmp_path/k) for k, s in (('a', 0), ('b', 0), ('c', 1)))
     losses = [[r['loss'] for r in t.metrics.rows()] for t in (a, b, c)]
@@ -68,7 +72,8 @@ def test_nothing_non_finite_reaches_the_weights(tmp_path):
     t = trained(smoke('clip', 'x'), tmp_path)
     with torch.no_grad(): t.objective.log_scale.fill_(float('nan'))
     before = tensors_digest(state_tensors(t.objective, t.opt))
-    with pytest.raises(NonFinite, match='loss nan'): t.update(next(iter(loader(t.source, 16, 0, steps=1, tokenize=t.objective.text.tokenize))))
+    t.step = 0
+    with pytest.raises(NonFinite, match='loss nan'): t.update(next(t.batches()))
     assert tensors_digest(state_tensors(t.objective, t.opt)) == before
 
 def test_other_settings_are_refused(tmp_path):

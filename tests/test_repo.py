@@ -65,10 +65,12 @@ def test_ci_runs_what_the_readme_says():
 
 def test_pixels_belong_to_a_version():
     "Cached worlds are keyed by `VERSION`: who changes what is drawn or said has to raise it, and these digests with it"
-    import numpy as np
-    from clipdino.world import KINDS, POLICIES, VERSION, caption, scene
+    from clipdino.world import KINDS, POLICIES, VERSION, caption, render, scene, versions
     said = '\n'.join(caption(scene(0, 'test', i, k), p) for i in range(20) for k in KINDS for p in POLICIES)
     factors = [(s.kind, s.object, s.word, s.colour, s.background, s.texture, s.style, s.position, s.scale, s.rotation, s.count) for s in (scene(0, 'test', i) for i in range(200))]
     assert (VERSION, hashlib.sha256((said + repr(factors)).encode()).hexdigest()[:12]) == SCENES
+    pixels = b''.join(render(scene(0, 'test', i, k), 48).tobytes() for i in range(8) for k in KINDS)
+    if versions() == PIXELS[0]: assert hashlib.sha256(pixels).hexdigest()[:12] == PIXELS[1]
 
-SCENES = ('2', '')
+SCENES = ('2', '4ecf69035a24')
+PIXELS = ('world 2, matplotlib 3.11.2, Pillow 13.0.0, FreeType 2.14.3', 'f17bff6d7b88')
