@@ -144,7 +144,7 @@ def check_data(run:Pretrain):
 SMOKE = dict(images=128, canvas=32, samples=128, batch=16, arch='clipdino_vit_smoke', dim=32, text_width=32, text_layers=1, vocab=1024, local_crops=2, prototypes=32,
              head_hidden=32, bottleneck=16, compile='off', probes=1, save_every=64)
 MINI = {}
-SMALL = dict(images=262144, canvas=144, samples=4_194_304, batch=1024, image_size=128, arch='vit_small_patch16_224', dim=384, text_width=384, text_layers=6, vocab=8192,
+SMALL = dict(images=262144, canvas=144, samples=3_145_728, batch=1024, image_size=128, arch='vit_small_patch16_224', dim=384, text_width=384, text_layers=6, vocab=8192,
              local_size=64, local_crops=8, prototypes=8192, head_hidden=2048, bottleneck=256, momentum=.99, probes=8, save_every=524288, workers=8)
 PAPER = dict(data='', canvas=288, samples=245_760_000, batch=8192, lr=1e-3, min_lr=0., warmup=1000/30000, beta2=.95, weight_decay=.2, weight_decay_end=.2,
              image_size=224, arch='vit_base_patch16_224', dim=512, text_width=512, text_layers=12, vocab=CLIP_VOCAB, context=77, text_model='roberta-base', unlocked=10,
@@ -153,7 +153,7 @@ DINO_VIEWS = dict(crop_min=.4, local_min=.05, local_max=.4)
 BY_OBJECTIVE = dict(
     smoke=dict(dino=DINO_VIEWS),
     mini=dict(dino=dict(DINO_VIEWS, local_min=.15, hue=.5, head_norm=True, batch=32, lr=5e-4, weight_decay=.04, weight_decay_end=.04, prototypes=1024, warmup_teacher_temp=.02, warmup_teacher=.3)),
-    small=dict(dino=DINO_VIEWS),
+    small=dict(dino=dict(DINO_VIEWS, local_min=.15, hue=.5, head_norm=True, weight_decay=.04, weight_decay_end=.04, warmup_teacher_temp=.02, warmup_teacher=.3)),
     paper=dict(dino=dict(DINO_VIEWS, batch=1024, lr=2e-3, min_lr=1e-6, beta2=.999, weight_decay=.04, weight_decay_end=.4, clip_grad=3., clip_per='parameter',
                          drop_path=.1, momentum=.996, freeze_last=1/20)))
 
