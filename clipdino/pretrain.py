@@ -61,7 +61,8 @@ class Pretrain(Settings):
     lr: float = 1e-3  # peak learning rate
     min_lr: float = 1e-5  # at the end of the cosine
     warmup: float = .1  # share of the run with rising learning rate
-    beta2: float = .98
+    beta2: float = .98  # of AdamW; beta1 is 0.9
+    eps: float = 1e-8  # of AdamW
     weight_decay: float = .1
     weight_decay_end: float = .1  # reached along a cosine
     clip_grad: float = 1.  # largest gradient norm
@@ -146,7 +147,7 @@ SMOKE = dict(images=128, canvas=32, samples=128, batch=16, arch='clipdino_vit_sm
 MINI = {}
 SMALL = dict(images=262144, canvas=144, samples=3_145_728, batch=1024, image_size=128, arch='vit_small_patch16_224', dim=384, text_width=384, text_layers=6, vocab=8192,
              local_size=64, local_crops=8, prototypes=8192, head_hidden=2048, bottleneck=256, momentum=.99, probes=8, save_every=524288, workers=8)
-PAPER = dict(data='', canvas=288, samples=245_760_000, batch=8192, lr=1e-3, min_lr=0., warmup=1000/30000, beta2=.95, weight_decay=.2, weight_decay_end=.2,
+PAPER = dict(data='', canvas=288, samples=245_760_000, batch=8192, lr=1e-3, min_lr=0., warmup=1000/30000, beta2=.95, eps=1e-6, weight_decay=.2, weight_decay_end=.2,
              image_size=224, arch='vit_base_patch16_224', dim=512, text_width=512, text_layers=12, vocab=CLIP_VOCAB, context=77, text_model='roberta-base', unlocked=10,
              local_size=96, local_crops=8, prototypes=65536, head_hidden=2048, bottleneck=256, workers=16, probes=20, save_every=4_096_000)
 DINO_VIEWS = dict(crop_min=.4, local_min=.05, local_max=.4)
@@ -154,14 +155,14 @@ BY_OBJECTIVE = dict(
     smoke=dict(dino=DINO_VIEWS),
     mini=dict(dino=dict(DINO_VIEWS, local_min=.15, hue=.5, head_norm=True, batch=32, lr=5e-4, weight_decay=.04, weight_decay_end=.04, prototypes=1024, warmup_teacher_temp=.02, warmup_teacher=.3)),
     small=dict(dino=dict(DINO_VIEWS, local_min=.15, hue=.5, head_norm=True, weight_decay=.04, weight_decay_end=.04, warmup_teacher_temp=.02, warmup_teacher=.3)),
-    paper=dict(dino=dict(DINO_VIEWS, batch=1024, lr=2e-3, min_lr=1e-6, beta2=.999, weight_decay=.04, weight_decay_end=.4, clip_grad=3., clip_per='parameter',
+    paper=dict(dino=dict(DINO_VIEWS, batch=1024, lr=2e-3, min_lr=1e-6, beta2=.999, eps=1e-8, weight_decay=.04, weight_decay_end=.4, clip_grad=3., clip_per='parameter',
                          drop_path=.1, momentum=.996, freeze_last=1/20)))
 
 SOURCES = dict(
     batch='CLIP: ml-mobileclip run_datacomp12m.sh; DINO: its repository, 1,024 in the paper',
     lr='CLIP: the paper; DINO: its repository, 5e-4 per 256 images',
     min_lr='open_clip; DINO repository', warmup='CLIP: 1,000 of 30,000 iterations, ml-mobileclip; DINO: its repository gives 10 of 100 epochs',
-    beta2='CLIP: ml-mobileclip; DINO: AdamW default, as in its repository', weight_decay='CLIP: ml-mobileclip; DINO repository', weight_decay_end='constant; DINO repository, cosine to 0.4',
+    eps='CLIP: open_clip; DINO: AdamW default', beta2='CLIP: ml-mobileclip; DINO: AdamW default, as in its repository', weight_decay='CLIP: ml-mobileclip; DINO repository', weight_decay_end='constant; DINO repository, cosine to 0.4',
     clip_grad='ml-mobileclip; DINO repository', clip_per='ml-mobileclip; DINO repository', drop_path='open_clip has none; DINO repository', crop_min='open_clip; DINO repository',
     text_model='released checkpoint names: RoBERTa', unlocked='released checkpoints: 10 and 4', freeze_last='DINO repository: one epoch',
     **dict.fromkeys(('local_crops', 'local_size', 'local_min', 'local_max', 'hue', 'prototypes', 'head_hidden', 'bottleneck', 'head_norm', 'momentum', 'student_temp', 'teacher_temp', 'warmup_teacher_temp',
@@ -351,7 +352,7 @@ class Trainer:
         check(run.batch % self.acc.num_processes == 0, f'batch={run.batch} must be a multiple of the {self.acc.num_processes} processes')
         self.objective = make_objective(run).to(self.acc.device)
         self.params = [p for p in self.objective.parameters() if p.requires_grad]
-        self.opt = torch.optim.AdamW(param_groups(self.objective), lr=run.lr, betas=(.9, run.beta2), eps=1e-6 if run.objective != 'dino' else 1e-8, fused=True)
+        self.opt = torch.optim.AdamW(param_groups(self.objective), lr=run.lr, betas=(.9, run.beta2), eps=run.eps, fused=True)
         state = load_state(folder, self.objective, self.opt)
         self.step = self.first = state['step']
         self.bad = Bad(folder/f'bad{self.acc.process_index or ""}.jsonl', run.max_bad, self.source, self.step, state['seen'])
