@@ -5,14 +5,14 @@ import pytest
 import torch
 
 from clipdino.core import SettingsError
-from clipdino.pretrain import OBJECTIVES, NonFinite, Trainer, check_settings, finish, open_encoder, pretrain, settings, state_tensors, tensors_digest
+from clipdino.pretrain import OBJECTIVES, NonFinite, Trainer, check_settings, finish, fit, open_encoder, pretrain, settings, state_tensors, tensors_digest
 
 def smoke(objective, name, **given): return settings('smoke', objective, **{'name': name, 'probes': 0, 'save_every': 32, **given})
 
 def trained(run, folder):
     folder.mkdir(exist_ok=True)
     t = Trainer(run, folder)
-    t.fit()
+    fit(t)
     return t
 
 class Cut(Exception): "Stands for a power cut"
@@ -26,7 +26,7 @@ def cut(run, folder, at):
         if t.step == at: raise Cut
         return update(batch)
     t.update = failing
-    with pytest.raises(Cut): t.fit()
+    with pytest.raises(Cut): fit(t)
 
 @pytest.mark.parametrize('workers', [0, 2])
 @pytest.mark.parametrize('objective', OBJECTIVES)
