@@ -526,11 +526,11 @@ def differences(preset:str)->pd.DataFrame:
 def show_samples(run:Pretrain, n:int=8):
     "The first pictures of the run, with captions"
     b = next(iter(loader(make_source(run), max(n, 2), run.seed)))
-    fig, axes = plt.subplots(2, n//2, figsize=(9, 4.8))
+    fig, axes = plt.subplots(2, n//2, figsize=(9, 5.4), layout='constrained')
     for ax, im, (h, w), c in zip(axes.flat, b['images'], b['hw'].tolist(), b['captions']):
-        ax.imshow(im[:h, :w]); ax.axis('off')
-        ax.set_title(textwrap.shorten(c, 60, placeholder=' ...') if len(c) < 26 else '\n'.join(textwrap.wrap(c, 26)[:3]), fontsize=8)
-    fig.tight_layout(pad=.4)
+        ax.imshow(im[:h, :w])
+        ax.axis('off')
+        ax.set_title('\n'.join(textwrap.wrap(textwrap.shorten(c, 75, placeholder=' ...'), 28)), fontsize=8)
 
 def show_views(run:Pretrain, n:int=6):
     "What each objective sees of the same pictures"
