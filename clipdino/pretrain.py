@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'SMOKE', 'MINI', 'SMALL', 'PAPER', 'DINO_VIEWS', 'BY_OBJECTIVE', 'SOURCES', 'TextSettings',
-           'DINOSettings', 'Pretrain', 'validate', 'check_data', 'settings', 'make_objective', 'view_groups',
+           'DINOSettings', 'Pretrain', 'validate', 'check_inputs', 'settings', 'make_objective', 'view_groups',
            'make_source', 'param_groups', 'schedule', 'features', 'linear_probe', 'knn', 'world_tasks', 'labelled_task',
            'Probe', 'state_tensors', 'tensors_digest', 'save_state', 'load_state', 'use_compile', 'clip_gradients',
            'NonFinite', 'check_settings', 'make_probe', 'Trainer', 'last_scores', 'fit', 'export_encoder',
-           'open_encoder', 'retrieval', 'finish', 'pretrain', 'collect', 'differences', 'show_samples', 'show_views',
+           'open_encoder', 'retrieval', 'finish', 'pretrain', 'collect', 'recipe', 'show_samples', 'show_views',
            'show_curves']
 
 # %% ../nbs/02_pretrain.ipynb #568ea07d
-import hashlib, json, os, tempfile, textwrap, time
+import hashlib, json, math, os, tempfile, textwrap, time
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from .core import (Metrics, PRESETS, Progress, Settings, SettingsError, check, digest, environment, generator, in_test, injected, one_of,
                            read_json, run_dir, say, whole, write_json)
 from .data import Bad, Shards, expand, labelled, loader
-from .objectives import (CLIP_VOCAB, Contrastive, DINO, DINOHead, MEAN, STD, PretrainedText, TextTower, cosine, make_encoder, patch_of)
+from .objectives import (BYTE_TOKENS, CLIP_VOCAB, Contrastive, DINO, DINOHead, MEAN, STD, PretrainedText, TextTower, cosine, make_encoder, patch_of, text_config, text_heads)
 from .views import AddViews, centre, clip_views, dino_views, make_views
 from .world import POLICIES, World
 
@@ -89,7 +89,7 @@ class Pretrain(DINOSettings, TextSettings):
     workers: int = 0  # loader processes
     augment: str = 'device'  # where views are made: on the device, or by the workers
     # budget and optimiser: the same for all objectives
-    samples: int = 98304  # images seen in all
+    samples: int = 163840  # images seen in all
     batch: int = 64  # images per step, over all processes
     lr: float = 1e-3  # peak learning rate
     min_lr: float = 1e-5  # at the end of the cosine
@@ -108,7 +108,7 @@ class Pretrain(DINOSettings, TextSettings):
     crop_min: float = .9  # least area share of a (global) crop
     # machinery
     precision: str = 'auto'  # fp32, bf16; auto: bf16 on GPUs that have it
-    compile: str = 'auto'  # on, off; auto: on a GPU, and on a CPU with a C++ compiler
+    compile: str = 'auto'  # on, off; auto: on a GPU
     probes: int = 6  # evaluations during the run, besides the one before it
     probe_data: str = ''  # labelled images for them; empty means the world's, for runs on the world
     eval_data: str = ''  # held-out shards for image-text retrieval at the end
@@ -125,29 +125,38 @@ class Pretrain(DINOSettings, TextSettings):
     def steps(self)->int: return self.samples//self.batch
 
 # %% ../nbs/02_pretrain.ipynb #61b7232b
+_CHOICES = dict(objective=OBJECTIVES, preset=PRESETS, captions=POLICIES, augment=('device', 'workers'), precision=('auto', 'fp32', 'bf16'), compile=('auto', 'on', 'off'),
+                clip_per=('model', 'parameter'), tracker=('', 'tensorboard', 'wandb'))
+_LEAST = dict(seed=0, batch=2, images=2, canvas=16, workers=0, local_crops=0, probes=0, unlocked=0, dim=1, text_width=2, text_layers=1, context=4, prototypes=2, head_hidden=1, bottleneck=1,
+              save_every=1, lr=0, min_lr=0, weight_decay=0, weight_decay_end=0)
+_SHARES = 'warmup', 'max_bad', 'momentum', 'warmup_teacher', 'centre_momentum', 'freeze_last', 'drop_path', 'beta2'
+_POSITIVE = 'eps', 'clip_grad', 'student_temp', 'teacher_temp', 'warmup_teacher_temp'
+
 def validate(run:Pretrain):
     "Refuse what can't work, before any data is read or any model is built"
-    one_of('objective', run.objective, OBJECTIVES)
-    one_of('preset', run.preset, PRESETS)
-    one_of('captions', run.captions, POLICIES)
-    for f, allowed in dict(augment=('device', 'workers'), precision=('auto', 'fp32', 'bf16'), compile=('auto', 'on', 'off'), clip_per=('model', 'parameter'), tracker=('', 'tensorboard', 'wandb')).items():
-        one_of(f, getattr(run, f), allowed)
-    at_least = dict(seed=0, batch=2, images=2, workers=0, local_crops=0, probes=0, unlocked=0, dim=1, prototypes=2, context=4, lr=0, save_every=1, text_width=2, text_layers=1)
-    for f, low in at_least.items(): check(getattr(run, f) >= low, f'{f}={getattr(run, f)} must be at least {low}')
+    def v(f): return getattr(run, f)
+    for f in fields(run): check(f.type is not float or math.isfinite(v(f.name)), f'{f.name}={v(f.name)} must be a finite number')
+    for f, allowed in _CHOICES.items(): one_of(f, v(f), allowed)
+    for f, low in _LEAST.items(): check(v(f) >= low, f'{f}={v(f)} must be at least {low}')
+    for f in _SHARES: check(0 <= v(f) <= 1, f'{f}={v(f)} must be from 0 to 1')
+    for f in _POSITIVE: check(v(f) > 0, f'{f}={v(f)} must be above 0')
     check(run.samples >= run.batch, f'samples={run.samples} must be at least one batch, {run.batch}')
-    for f in 'warmup', 'max_bad', 'momentum', 'warmup_teacher', 'centre_momentum', 'freeze_last', 'drop_path': check(0 <= getattr(run, f) <= 1, f'{f}={getattr(run, f)} must be from 0 to 1')
-    for f in 'student_temp', 'teacher_temp', 'warmup_teacher_temp', 'clip_grad': check(getattr(run, f) > 0, f'{f}={getattr(run, f)} must be above 0')
-    check(timm.is_model(run.arch), f'arch={run.arch!r} is no timm model; timm.list_models("*vit*") names some')
+    check(0 < run.crop_min <= 1, f'crop_min={run.crop_min} must be above 0 and at most 1')
+    check(0 < run.local_min <= run.local_max <= 1, f'local_min={run.local_min} and local_max={run.local_max} must be in this order, above 0 and at most 1')
+    check(0 <= run.hue <= .5, f'hue={run.hue} must be from 0 to 0.5')
+    check(BYTE_TOKENS < run.vocab <= CLIP_VOCAB, f'vocab={run.vocab} must be above {BYTE_TOKENS} and at most {CLIP_VOCAB}')
+    check(run.text_width % text_heads(run.text_width) == 0, f'text_width={run.text_width} must be a multiple of its {text_heads(run.text_width)} heads')
     patch = patch_of(run.arch)
-    sizes = ['image_size'] + ['local_size']*(run.objective == 'dino' and run.local_crops > 0)
-    for f in sizes: check(getattr(run, f) > 0 and getattr(run, f) % patch == 0, f'{f}={getattr(run, f)} must be a multiple of the patch size of {run.arch}, {patch}')
+    for f in ['image_size'] + ['local_size']*(run.objective == 'dino' and run.local_crops > 0):
+        check(v(f) > 0 and v(f) % patch == 0, f'{f}={v(f)} must be a multiple of the patch size of {run.arch}, {patch}')
     check(not run.tracker or find_spec(run.tracker) is not None, f'tracker={run.tracker} needs the package of that name: pip install {run.tracker}')
 
-def check_data(run:Pretrain):
-    "Refuse a run whose shards are not there"
+def check_inputs(run:Pretrain):
+    "Refuse a run whose shards or text model are not there"
     check(run.data != '', f'the preset {run.preset} trains on image-text shards: give them with -p data')
-    for spec in {run.data, run.eval_data} - {'world', ''}: expand(spec)
     check(not run.eval_data or run.objective != 'dino', 'eval_data is for objectives that read captions, and dino reads none')
+    for spec in {run.data, run.eval_data} - {'world', ''}: expand(spec)
+    if run.objective == 'clip-lm': text_config(run.text_model, run.unlocked)
 
 # %% ../nbs/02_pretrain.ipynb #3a55fe4f
 SMOKE = dict(images=128, canvas=32, samples=128, batch=16, arch='clipdino_vit_smoke', dim=32, text_width=32, text_layers=1, vocab=1024, local_crops=2, prototypes=32,
@@ -163,19 +172,20 @@ BY_OBJECTIVE = dict(
     smoke=dict(dino=DINO_VIEWS),
     mini=dict(dino=dict(DINO_VIEWS, local_min=.15, hue=.5, head_norm=True, batch=32, lr=5e-4, weight_decay=.04, weight_decay_end=.04, prototypes=1024, warmup_teacher_temp=.02, warmup_teacher=.3)),
     small=dict(dino=dict(DINO_VIEWS, local_min=.15, hue=.5, head_norm=True, weight_decay=.04, weight_decay_end=.04, warmup_teacher_temp=.02, warmup_teacher=.3)),
-    paper=dict(dino=dict(DINO_VIEWS, batch=1024, lr=2e-3, min_lr=1e-6, beta2=.999, eps=1e-8, weight_decay=.04, weight_decay_end=.4, clip_grad=3., clip_per='parameter',
+    paper=dict(dino=dict(DINO_VIEWS, batch=1024, lr=2e-3, min_lr=1e-6, warmup=.1, beta2=.999, eps=1e-8, weight_decay=.04, weight_decay_end=.4, clip_grad=3., clip_per='parameter',
                          drop_path=.1, momentum=.996, freeze_last=1/20)))
 
-SOURCES = dict(
-    batch='CLIP: ml-mobileclip run_datacomp12m.sh; DINO: its repository, 1,024 in the paper',
-    lr='CLIP: the paper; DINO: its repository, 5e-4 per 256 images',
-    min_lr='open_clip; DINO repository', warmup='CLIP: 1,000 of 30,000 iterations, ml-mobileclip; DINO: its repository gives 10 of 100 epochs',
-    eps='CLIP: open_clip; DINO: AdamW default', beta2='CLIP: ml-mobileclip; DINO: AdamW default, as in its repository', weight_decay='CLIP: ml-mobileclip; DINO repository', weight_decay_end='constant; DINO repository, cosine to 0.4',
-    clip_grad='ml-mobileclip; DINO repository', clip_per='ml-mobileclip; DINO repository', drop_path='open_clip has none; DINO repository', crop_min='open_clip; DINO repository',
-    text_model='released checkpoint names: RoBERTa', unlocked='released checkpoints: 10 and 4', freeze_last='DINO repository: one epoch',
-    **dict.fromkeys(('local_crops', 'local_size', 'local_min', 'local_max', 'hue', 'prototypes', 'head_hidden', 'bottleneck', 'head_norm', 'momentum', 'student_temp', 'teacher_temp', 'warmup_teacher_temp',
-                     'warmup_teacher', 'centre_momentum'), 'DINO repository'),
-    **dict.fromkeys(('dim', 'text_width', 'text_layers', 'vocab', 'context'), 'open_clip ViT-B-16'))  # of the paper preset; PAPER means arXiv 2510.11835
+SOURCES = dict(  # of the values of the `paper` preset; "the paper" is arXiv 2510.11835
+    data='the paper: a subset of DataComp; its authors name DataComp-12M', samples='ml-mobileclip: 30,000 iterations of 8,192, 20 epochs, as in the paper', arch='the paper',
+    image_size='open_clip and DINO repository', canvas='ours: JPEGs are decoded to at most this before they are cropped',
+    batch='CLIP: ml-mobileclip, run_datacomp12m.sh; DINO: 1,024 in its paper', lr='CLIP: the paper; DINO: its repository, 5e-4 per 256 images',
+    min_lr='open_clip; DINO repository', warmup='CLIP: ml-mobileclip, 1,000 of 30,000 iterations; DINO: its repository, 10 of 100 epochs',
+    eps='CLIP: open_clip; DINO: default of AdamW', beta2='CLIP: ml-mobileclip; DINO: default of AdamW', weight_decay='CLIP: ml-mobileclip; DINO repository',
+    weight_decay_end='CLIP: constant; DINO repository: cosine', clip_grad='ml-mobileclip; DINO repository', clip_per='open_clip; DINO repository',
+    drop_path='open_clip: none; DINO repository', crop_min='open_clip; DINO repository',
+    text_model='released checkpoints: RoBERTa', unlocked='released checkpoints: 10, and 4', freeze_last='DINO repository: one epoch',
+    **dict.fromkeys((f.name for f in fields(DINOSettings) if f.name != 'freeze_last'), 'DINO repository'),
+    **dict.fromkeys(('dim', 'text_width', 'text_layers', 'vocab', 'context'), 'open_clip ViT-B-16'))
 
 def settings(preset:str='mini', objective:str='clip', **given)->Pretrain: # overrides; None means the preset's value
     "The settings of a run"
@@ -485,7 +495,7 @@ def finish(t:Trainer, scores:dict, seconds:float)->dict:
 
 def pretrain(run:Pretrain)->dict:
     "Begin, continue or look up a run; its result"
-    check_data(run)
+    check_inputs(run)
     folder = run_dir(run.folder_name)
     try:
         with FileLock(folder/'.lock', timeout=0):
@@ -511,16 +521,21 @@ def collect(folders)->pd.DataFrame: # finished run folders
     return pd.DataFrame(rows)
 
 # %% ../nbs/02_pretrain.ipynb #fe423add
-def differences(preset:str)->pd.DataFrame:
-    "The settings that differ between objectives; all others are the same"
-    table = pd.DataFrame({o: asdict(settings(preset, o)) for o in OBJECTIVES}).drop(['objective'])
-    uses = dict(dino=('local_crops', 'local_size', 'local_min', 'local_max', 'hue', 'prototypes', 'head_hidden', 'bottleneck', 'head_norm', 'momentum', 'student_temp', 'teacher_temp', 'warmup_teacher_temp',
-                      'warmup_teacher', 'centre_momentum', 'freeze_last', 'drop_path'), text=('dim', 'context'), scratch=('text_width', 'text_layers', 'vocab'), lm=('text_model', 'unlocked'))
-    for kind, names in uses.items():
-        has = [o for o in OBJECTIVES if dict(dino=o == 'dino', text=o != 'dino', scratch=o in ('clip', 'siglip'), lm=o == 'clip-lm')[kind]]
-        table.loc[list(names), [o for o in OBJECTIVES if o not in has]] = '-'
-    table = table[table.nunique(axis=1) > 1]
-    return table.assign(source=[SOURCES.get(k, '') for k in table.index]) if preset == 'paper' else table
+_MACHINERY = 'objective', 'preset', 'seed', 'name', 'max_bad', 'workers', 'augment', 'precision', 'compile', 'probes', 'probe_data', 'eval_data', 'save_every', 'tracker'
+
+def recipe(preset:str)->tuple: # -> settings that all objectives share, settings that differ ('-': has none); with sources for `paper`
+    "What is the same for all objectives of a preset, and what differs"
+    table = pd.DataFrame({o: asdict(settings(preset, o)) for o in OBJECTIVES}).drop([*_MACHINERY, *(('images', 'captions') if preset == 'paper' else ())])
+    lm = ['text_model', 'unlocked']
+    text = [f.name for f in fields(TextSettings)]
+    table.loc[[f.name for f in fields(DINOSettings)], ['clip', 'siglip', 'clip-lm']] = '-'
+    table.loc[text, 'dino'] = '-'
+    table.loc[lm, ['clip', 'siglip']] = '-'
+    table.loc[[f for f in text if f not in (*lm, 'dim', 'context')], 'clip-lm'] = '-'
+    source = dict(source=[SOURCES.get(k, '') for k in table.index]) if preset == 'paper' else {}
+    differs = table.nunique(axis=1) > 1
+    table = table.assign(**source)
+    return table[~differs].drop(columns=list(OBJECTIVES[1:])).rename(columns={OBJECTIVES[0]: 'all'}), table[differs]
 
 # %% ../nbs/02_pretrain.ipynb #8eb365e8
 def show_samples(run:Pretrain, n:int=8):

@@ -9,16 +9,14 @@ __all__ = ['VERSION', 'FAMILIES', 'OBJECTS', 'NAMES', 'FAMILY_OF', 'WORDS', 'FON
            'place', 'tile', 'fill', 'lumas', 'background', 'tones', 'Part', 'word_mask', 'object_mask', 'angle_of',
            'plate', 'single_parts', 'word_parts', 'several_parts', 'label_part', 'series', 'bars_parts', 'line_parts',
            'table_parts', 'diagram_parts', 'stylise', 'render', 'annotations', 'subject', 'caption', 'versions',
-           'fill_rows', 'render_file', 'World']
+           'fill_rows', 'render_file', 'in_processes', 'World']
 
 # %% ../nbs/00_world.ipynb #6b516d41
-import colorsys, math, os, shutil
+import colorsys, json, math, os, shutil, subprocess, sys
 from bisect import bisect
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from importlib import import_module, metadata
-from multiprocessing import get_context
+from importlib import metadata
 from pathlib import Path
 
 import matplotlib
@@ -402,26 +400,38 @@ def versions()->str:
     from PIL import features
     return f'world {VERSION}, matplotlib {matplotlib.__version__}, Pillow {metadata.version("pillow")}, FreeType {features.version("freetype2")}'
 
-def fill_rows(path:str, shape:tuple, offset:int, seed:int, split:str, start:int, stop:int, size:int, kinds:str):
-    "Render scenes start..stop into a raw file"
-    out = np.memmap(path, np.uint8, 'r+', offset, shape)
-    for i, u in zip(range(start, stop), draw(seed, split, np.arange(start, stop))): out[i] = render(from_draws(u, kinds), size)
+def fill_rows(path:str, shape:tuple, offset:int, seed:int, split:str, kinds:str, start:int, stop:int):
+    "Render scenes `start` to `stop` into a raw file"
+    out = np.memmap(path, np.uint8, 'r+', offset, tuple(shape))
+    for a in range(start, stop, 1024):
+        rows = np.arange(a, min(a + 1024, stop))
+        for i, u in zip(rows, draw(seed, split, rows)): out[i] = render(from_draws(u, kinds), shape[1])
     out.flush()
 
 def render_file(path:Path, n:int, size:int, seed:int, split:str, kinds:str, workers:int):
-    "Render `n` pictures into the .npy file `path`, whole, on all cores"
+    "Render `n` pictures into the .npy file `path`, whole, in `workers` processes"
     need = n*size*size*3
     free = shutil.disk_usage(path.parent).free
     check(need < free - 2**28, f'the world needs {need/2**20:.0f} MiB in {path.parent.name}/, where {free/2**20:.0f} MiB are free; set CLIPDINO_CACHE to a roomier folder, or lower images')
-    if n >= 3000: say(f'rendering {n} pictures of {size} px ({need/2**20:.0f} MiB) on {workers} cores, once')
+    if n < 3000: workers = 1  # a process takes longer to start
+    else: say(f'rendering {n} pictures of {size} px ({need/2**20:.0f} MiB) on {workers} cores, once')
     with whole(path) as tmp:
         a = np.lib.format.open_memmap(tmp, 'w+', np.uint8, (n, size, size, 3))
-        jobs = [(str(tmp), a.shape, a.offset, seed, split, i, min(i + 1024, n), size, kinds) for i in range(0, n, 1024)]
-        del a
-        if n < 3000 or workers < 2:
-            for j in jobs: fill_rows(*j)
-        else:  # the function of the package, which other processes can import, and not the notebook's
-            with ProcessPoolExecutor(workers, get_context('spawn')) as pool: list(pool.map(import_module('clipdino.world').fill_rows, *zip(*jobs)))
+        jobs = [(str(tmp), a.shape, a.offset, seed, split, kinds, n*k//workers, n*(k + 1)//workers) for k in range(workers)]
+        if workers == 1: fill_rows(*jobs[0])
+        else: in_processes(jobs)
+
+def in_processes(jobs:list): # arguments of `fill_rows`
+    "One fresh interpreter for each job; multiprocessing would import the caller's script again, which need not be importable"
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path)), OMP_NUM_THREADS='1')
+    code = 'import json, sys; from clipdino.world import fill_rows; fill_rows(*json.loads(sys.argv[1]))'
+    running = [subprocess.Popen([sys.executable, '-c', code, json.dumps(j)], env=env, stderr=subprocess.PIPE, text=True) for j in jobs]
+    try:
+        for p in running:
+            _, err = p.communicate()
+            if p.returncode: raise OSError(f'rendering failed: {(err.strip() or str(p.returncode)).splitlines()[-1]}')
+    finally:
+        for p in running: p.kill()
 
 class World:
     "`n` pictures of a split: memory-mapped images, captions and labels; a source for the training loader"
