@@ -8,8 +8,8 @@ __all__ = ['OBJECTIVES', 'SMOKE', 'MINI', 'SMALL', 'PAPER', 'DINO_VIEWS', 'BY_OB
            'make_source', 'param_groups', 'schedule', 'features', 'linear_probe', 'knn', 'world_tasks', 'labelled_task',
            'Probe', 'state_tensors', 'tensors_digest', 'save_state', 'load_state', 'use_compile', 'clip_gradients',
            'NonFinite', 'check_settings', 'make_probe', 'Trainer', 'last_scores', 'fit', 'export_encoder',
-           'open_encoder', 'retrieval', 'finish', 'pretrain', 'collect', 'recipe', 'show_samples', 'show_views',
-           'show_curves']
+           'open_encoder', 'retrieval', 'final_scores', 'finish', 'pretrain', 'collect', 'recipe', 'show_samples',
+           'show_views', 'show_curves']
 
 # %% ../nbs/02_pretrain.ipynb #568ea07d
 import hashlib, json, math, os, tempfile, textwrap, time
@@ -270,14 +270,18 @@ def knn(x, y, x_test, y_test, k:int=20, temp:float=.07)->float:
     return (votes.argmax(1) == y_test).float().mean().item()
 
 # %% ../nbs/02_pretrain.ipynb #881fe176
-def world_tasks(canvas:int, n:int=2048, test:int=1024, split:str='val')->dict: # task -> (images, hw, labels) of training and test
+def world_tasks(canvas:int, split:str='val', n:int=2048, test:int=1024)->dict: # task -> (images, hw, labels) of training and test
     "Object class on one-object scenes and word identity on words, on images that pre-training never shows"
     def part(kind, split, n): return (w := World(split, n, canvas, kinds=kind)).images, np.full((n, 2), canvas, np.int32), torch.from_numpy(w.labels[kind])
     return {kind: [part(kind, 'probe', n), part(kind, split, test)] for kind in ('object', 'word')}
 
-def labelled_task(spec:str, canvas:int, limit:int=5000)->dict:
-    "The classes of a labelled set"
-    return dict(classes=[(s.images, s.hw, torch.from_numpy(s.labels)) for s in (labelled(spec, canvas, split, limit) for split in ('train', 'test'))])
+def labelled_task(spec:str, canvas:int, split:str='val', limit:int=5000)->dict:
+    "The classes of a labelled set; its `val` is a fifth of the training images, so that nobody watches the test images during a run"
+    train = labelled(spec, canvas, 'train', limit)
+    def part(s, rows): return s.images[rows], s.hw[rows], torch.from_numpy(s.labels[rows])
+    cut = len(train)*4//5
+    if split == 'val': return dict(classes=[part(train, slice(cut)), part(train, slice(cut, None))])
+    return dict(classes=[part(train, slice(None)), part(labelled(spec, canvas, split, limit), slice(None))])
 
 class Probe:
     "Linear probe and nearest neighbours on every task"
@@ -352,11 +356,11 @@ def check_settings(folder:Path, run:Pretrain, fingerprint:str):
         check(not other, f'{folder.name} was begun with other settings: {"; ".join(other)}; give the new run another name')
     else: write_json(path, dict(now, environment=environment()))
 
-def make_probe(run:Pretrain):
-    "The run's in-training probe: its labelled set, or the world's tasks for runs on the world; None if it wants none"
+def make_probe(run:Pretrain, split:str='val'):
+    "The run's probe: its labelled set, or the world's tasks for runs on the world; None if it wants none"
     if not run.probes: return None
-    if run.probe_data: return Probe(labelled_task(run.probe_data, run.canvas))
-    return Probe(world_tasks(run.canvas, *((64, 64) if run.preset == 'smoke' else ()))) if run.data == 'world' else None
+    if run.probe_data: return Probe(labelled_task(run.probe_data, run.canvas, split))
+    return Probe(world_tasks(run.canvas, split, *((64, 64) if run.preset == 'smoke' else ()))) if run.data == 'world' else None
 
 # %% ../nbs/02_pretrain.ipynb #a4b304f3
 class Trainer:
@@ -479,16 +483,23 @@ def retrieval(trainer, source, batch:int=256)->dict:
     return out
 
 # %% ../nbs/02_pretrain.ipynb #da01e043
-def finish(t:Trainer, scores:dict, seconds:float)->dict:
+def final_scores(t:Trainer)->dict:
+    "Probe accuracies on the test split: of the encoder, and of the untrained one that it began as"
+    probe, run = make_probe(t.run, 'test'), t.run
+    if probe is None: return {}
+    untrained = make_encoder(run.arch, run.image_size, run.seed).to(t.acc.device)
+    return dict(test=probe(t.encoder, run.image_size), untrained=probe(untrained, run.image_size))
+
+def finish(t:Trainer, scores:dict, seconds:float)->dict: # last accuracies of the in-training probe
     "Export the encoder and write the result; last of all, so that a result means a complete run"
     run, folder = t.run, t.folder
     export_encoder(t.encoder, run, folder)
     with whole(folder/'objective.safetensors') as tmp: save_file({k: v.contiguous() for k, v in t.objective.state_dict().items()}, tmp)
     rows = [r for r in t.metrics.rows() if 'loss' in r]
     result = dict(name=run.folder_name, objective=run.objective, preset=run.preset, seed=run.seed, samples=run.steps*run.batch, loss=rows[-1]['loss'],
-                  images_per_s=float(np.median([r['images_per_s'] for r in rows])), seconds_of_last_start=seconds, data=dict(t.bad.finish(), fingerprint=t.source.fingerprint),
-                  probe=scores, environment=environment())
+                  images_per_s=float(np.median([r['images_per_s'] for r in rows])), seconds_of_last_start=seconds, val=scores, **final_scores(t))
     if run.eval_data: result['retrieval'] = retrieval(t, Shards(run.eval_data, run.canvas))
+    result |= dict(data=dict(t.bad.finish(), fingerprint=t.source.fingerprint), environment=environment())
     write_json(folder/'result.json', result)
     for old in folder.glob('state-*.safetensors'): old.unlink()
     return result
@@ -510,14 +521,15 @@ def pretrain(run:Pretrain)->dict:
 
 # %% ../nbs/02_pretrain.ipynb #6207ee85
 def collect(folders)->pd.DataFrame: # finished run folders
-    "Probe accuracies of several runs, one row per run, images seen and task, with what is needed to tell runs apart"
+    "Probe accuracies of several runs, one row per run, images seen, split and task, with what is needed to tell runs apart; `untrained` is the test split before the run"
     rows = []
     for d in sorted(map(Path, folders)):
         s, r = read_json(d/'settings.json'), read_json(d/'result.json')
-        same = dict(objective=s['objective'], preset=s['preset'], seed=s['seed'], settings=digest({k: v for k, v in s.items() if k not in ('seed', 'name', 'environment', 'objective')}),
-                    data=s['fingerprint'], commit=r['environment']['commit'], device=r['environment']['device'], images_per_s=round(r['images_per_s']))
-        for m in Metrics.read(d/'metrics.jsonl'):
-            rows += [dict(same, samples=m['samples'], task=k.rsplit('_', 1)[0], readout=k.rsplit('_', 1)[1], accuracy=round(v, 4)) for k, v in m.items() if k.endswith(('_linear', '_knn'))]
+        same = dict(objective=s['objective'], preset=s['preset'], seed=s['seed'], settings=digest({k: v for k, v in s.items() if k not in ('seed', 'name', 'environment', 'objective', 'fingerprint')}),
+                    data=s['fingerprint'], commit=r['environment']['commit'], device=r['environment']['device'])
+        curve = [('val', m['samples'], m) for m in Metrics.read(d/'metrics.jsonl') if 'seconds' in m]
+        for split, seen, m in curve + [(k, n, r[k]) for k, n in (('test', r['samples']), ('untrained', 0)) if k in r]:
+            rows += [dict(same, samples=seen, split=split, task=k.rsplit('_', 1)[0], readout=k.rsplit('_', 1)[1], accuracy=round(v, 4)) for k, v in m.items() if k.endswith(('_linear', '_knn'))]
     return pd.DataFrame(rows)
 
 # %% ../nbs/02_pretrain.ipynb #fe423add

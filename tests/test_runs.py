@@ -28,7 +28,7 @@ def test_a_run_leaves_what_it_promises(here):
     assert done.returncode == 0, done.stderr[-3000:]
     r = result(here, 'x')
     assert (r['objective'], r['seed'], r['preset'], r['samples']) == ('dino', 3, 'smoke', 128)
-    assert {'object_linear', 'object_knn', 'word_linear', 'word_knn'} <= r['probe'].keys()
+    assert all({'object_linear', 'object_knn', 'word_linear', 'word_knn'} == r[k].keys() for k in ('val', 'test', 'untrained'))
     import timm, torch, clipdino.objectives
     encoder = timm.create_model(f'local-dir:{here}/runs/x', pretrained=True)
     assert encoder(torch.zeros(1, 3, 32, 32)).shape == (1, 32)
