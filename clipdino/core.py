@@ -11,6 +11,7 @@ __all__ = ['PRESETS', 'PACKAGES', 'SettingsError', 'check', 'one_of', 'Settings'
 import hashlib, json, os, platform, subprocess, sys, tempfile, time
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -49,7 +50,9 @@ class Settings:
         one_of('preset', preset, presets)
         names = [f.name for f in fields(cls)]
         given = {k: v for k, v in given.items() if v is not None}
-        for k in given: check(k in names, f'no such setting: {k}; there are {", ".join(names)}')
+        for k in given:
+            near = ''.join(f' (did you mean {n}?)' for n in get_close_matches(k, names, 1))
+            check(k in names, f'no such setting: {k}{near}; there are {", ".join(names)}')
         return cls(**{**presets[preset], 'preset': preset, **given})
 
 # %% ../nbs/00_core.ipynb #a703b897

@@ -27,6 +27,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save_file
+from scipy.stats import binomtest
 from timm.models._hub import save_for_hf
 from torch import nn
 from torch.nn import functional as F
@@ -375,13 +376,13 @@ class Trainer:
                                kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
         if run.tracker: self.acc.init_trackers('clipdino', asdict(run))
         check(run.batch % self.acc.num_processes == 0, f'batch={run.batch} must be a multiple of the {self.acc.num_processes} processes')
-        self.objective = make_objective(run).to(self.acc.device)
+        self.objective = make_objective(run).to(self.acc.device).train()
         self.params = [p for p in self.objective.parameters() if p.requires_grad]
         self.opt = torch.optim.AdamW(param_groups(self.objective), lr=run.lr, betas=(.9, run.beta2), eps=run.eps, fused=True)
         state = load_state(folder, self.objective, self.opt)
-        self.step = self.first = state['step']
+        self.step = state['step']
         self.bad = Bad(folder/f'bad{self.acc.process_index or ""}.jsonl', run.max_bad, self.source, self.step, state['seen'])
-        self.metrics = Metrics(folder/'metrics.jsonl', upto=self.step)
+        self.metrics = Metrics(folder/'metrics.jsonl', upto=self.step or -1)  # a fresh start probes again before its first step
         self.model = self.acc.prepare(self.objective)
         if use_compile(run, self.acc.device): self.model = torch.compile(self.model, dynamic=False)
         self.add_views = AddViews(view_groups(run), run.seed, MEAN, STD)
@@ -485,11 +486,14 @@ def retrieval(trainer, source, batch:int=256)->dict:
 
 # %% ../nbs/02_pretrain.ipynb #da01e043
 def final_scores(t:Trainer)->dict:
-    "Probe accuracies on the test split: of the encoder, and of the untrained one that it began as"
+    "Probe accuracies on the test split, with Wilson's 95 % intervals over its images: of the encoder, and of the untrained one that it began as"
     probe, run = make_probe(t.run, 'test'), t.run
     if probe is None: return {}
+    n = {task: len(y) for task, (_, (*_, y)) in probe.sets.items()}
+    scores = probe(t.encoder, run.image_size)
+    def interval(k): return list(binomtest(round(scores[k]*n[k.rsplit('_', 1)[0]]), n[k.rsplit('_', 1)[0]]).proportion_ci(method='wilson'))
     untrained = make_encoder(run.arch, run.image_size, run.seed).to(t.acc.device)
-    return dict(test=probe(t.encoder, run.image_size), untrained=probe(untrained, run.image_size))
+    return dict(test=scores, test_interval={k: interval(k) for k in scores}, test_images=n, untrained=probe(untrained, run.image_size))
 
 def finish(t:Trainer, scores:dict, seconds:float)->dict: # last accuracies of the in-training probe
     "Export the encoder and write the result; last of all, so that a result means a complete run"

@@ -40,6 +40,11 @@ def test_a_run_that_was_cut_ends_with_the_same_bytes(tmp_path, objective, worker
     assert [(r['step'], r['loss']) for r in resumed.metrics.rows()] == [(r['step'], r['loss']) for r in straight.metrics.rows()]
     assert [r['step'] for r in resumed.metrics.rows()] == list(range(1, run.steps + 1))
 
+def test_a_run_that_was_cut_before_its_first_state_begins_again(tmp_path):
+    run = smoke('clip', 'x', probes=1)
+    cut(run, tmp_path, 1)
+    assert [r['step'] for r in trained(run, tmp_path).metrics.rows() if 'seconds' in r] == [0, run.steps]
+
 @pytest.mark.parametrize('objective', ['clip', 'dino'])
 def test_views_made_by_workers_are_the_same(tmp_path, objective):
     a, b = (trained(smoke(objective, 'x', **given), tmp_path/f'{i}') for i, given in enumerate((dict(), dict(augment='workers', workers=2))))
