@@ -88,12 +88,15 @@ def cache_dir()->Path:
 
 # %% ../nbs/00_core.ipynb #dc1f388c
 @contextmanager
-def whole(path:Path): # the file, or folder, to appear
+def whole(path:Path): # the file to appear
     "Yields a temporary path beside `path`, which takes its place when the block ends well and vanishes when it does not"
     path = Path(path)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
+        tmp.touch()
+        mode = tmp.stat().st_mode  # that of any new file; some writers make theirs private
         yield tmp
+        os.chmod(tmp, mode)
         with open(tmp, 'rb') as f: os.fsync(f.fileno())
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)

@@ -24,6 +24,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from .core import SettingsError, check, generator
 
@@ -149,6 +150,7 @@ class PretrainedText(nn.Module):
     def __init__(self, name:str, unlocked:int, context:int, dim:int):
         super().__init__()
         config, folder = text_config(name, unlocked), text_folder(name)
+        disable_progress_bar()  # a bar for a hundred tensors would only fill the notebook
         self.tokenizer, self.lm = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, config=config, dtype=torch.float32)
         if self.tokenizer.pad_token is None: self.tokenizer.pad_token = self.tokenizer.eos_token
         if getattr(self.lm, 'pooler', None) is not None: self.lm.pooler = None

@@ -12,7 +12,7 @@ __all__ = ['OBJECTIVES', 'SMOKE', 'MINI', 'SMALL', 'PAPER', 'VIEW_SETTINGS', 'DI
            'show_samples', 'show_views', 'show_curves', 'show_learning']
 
 # %% ../nbs/02_pretrain.ipynb #568ea07d
-import hashlib, json, math, os, tempfile, textwrap, time
+import hashlib, json, math, shutil, tempfile, textwrap, time
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -461,7 +461,8 @@ def export_encoder(encoder:nn.Module, run:Pretrain, folder:Path):
     args = dict(img_size=run.image_size, dynamic_img_size=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix='.') as tmp:
         save_for_hf(encoder, tmp, model_config=dict(num_classes=0, pretrained_cfg=cfg), model_args=args, safe_serialization=True)
-        for name in 'model.safetensors', 'config.json': os.replace(Path(tmp)/name, folder/name)
+        for name in 'model.safetensors', 'config.json':
+            with whole(folder/name) as part: shutil.copyfile(Path(tmp)/name, part)
 
 def open_encoder(folder:Path)->nn.Module:
     "The encoder of a finished run, in evaluation mode"
