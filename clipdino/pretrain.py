@@ -156,7 +156,8 @@ def check_inputs(run:Pretrain):
     "Refuse a run whose shards or text model are not there"
     check(run.data != '', f'the preset {run.preset} trains on image-text shards: give them with -p data')
     check(not run.eval_data or run.objective != 'dino', 'eval_data is for objectives that read captions, and dino reads none')
-    for spec in {run.data, run.eval_data} - {'world', ''}: expand(spec)
+    for spec in {run.data, run.eval_data, run.probe_data} - {'world', ''}:
+        if spec != run.probe_data or not Path(spec).expanduser().is_dir(): expand(spec)  # a labelled set may be a folder of folders
     if run.objective == 'clip-lm': text_config(run.text_model, run.unlocked)
 
 # %% ../nbs/02_pretrain.ipynb #3a55fe4f

@@ -28,7 +28,7 @@ class View:
     strength: tuple = (.4, .4, .2, .1)  # jitter of brightness, contrast, saturation, hue
     grey: float = 0.  # probability of greyscale
     blur: float = 0.  # probability of Gaussian blur
-    sigma: tuple = (.1, 2.)  # standard deviation of the blur, px of a 224 px view
+    sigma: tuple = (.1, 2.)  # standard deviation of the blur, px
     solarise: float = 0.  # probability of solarisation at one half
 
     def __post_init__(self):
@@ -203,7 +203,7 @@ class Views:
     def blurred(self, x, u):
         "Gaussian blur with its probability"
         lo, hi = self.of('sigma', x.device).unbind(-1)
-        sigma = (lo[:, None] + (hi - lo)[:, None]*u[..., 10])*(self.size/224)
+        sigma = lo[:, None] + (hi - lo)[:, None]*u[..., 10]
         sigma = torch.where(u[..., 8] < self.of('blur', x.device)[:, None], sigma, 1e-3)
         b = blur_matrix(sigma.flatten(), self.size)[:, None]
         return b @ x @ b.mT
@@ -240,7 +240,7 @@ def clip_views(size:int, scale=(.9, 1.))->list:
     return [[View(size, scale)]]
 
 def dino_views(size:int, local_size:int, local:int=8, scale=(.4, 1.), local_scale=(.05, .4), hue:float=.1)->list:
-    "Two global and `local` small views (Caron et al., 2021, appendix C and repository)"
-    look = dict(flip=.5, jitter=.8, strength=(.4, .4, .2, hue), grey=.2)
+    "Two global and `local` small views (Caron et al., 2021, appendix C and repository); blur as strong for `size` as theirs is for 224 px"
+    look = dict(flip=.5, jitter=.8, strength=(.4, .4, .2, hue), grey=.2, sigma=(.1*size/224, 2*size/224))
     globals_ = [View(size, scale, blur=1., **look), View(size, scale, blur=.1, solarise=.2, **look)]
     return [globals_] + ([[View(local_size, local_scale, blur=.5, **look)]*local] if local else [])
