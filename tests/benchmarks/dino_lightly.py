@@ -45,7 +45,7 @@ class Theirs(nn.Module):
         return dict(loss=self.loss(list(t), list(s), epoch=0))
 
 def main(spec, out, images):
-    run = settings('mini', 'dino', samples=images, hue=.1, local_min=.05, warmup_teacher=0., warmup_teacher_temp=.04, teacher_temp=.04, freeze_last=0.)
+    run = settings('mini', 'dino', samples=images, local_crops=4, local_min=.05, hue=.1, warmup_teacher=0., warmup_teacher_temp=.04, teacher_temp=.04, freeze_last=0.)
     train, test = (labelled(spec, 32, s) for s in ('train', 'test'))
     (y, y_test), order = (torch.from_numpy(s.labels) for s in (train, test)), Order(len(train), run.seed)
     ours = make_objective(run)
