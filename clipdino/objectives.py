@@ -160,8 +160,9 @@ class PretrainedText(nn.Module):
         for layer in list(layers)[len(layers) - unlocked:]: layer.requires_grad_(True)
 
     def tokenize(self, captions:list)->torch.Tensor: # (2, B, L): ids and mask
-        t = self.tokenizer(captions, padding=True, truncation=True, max_length=self.context, pad_to_multiple_of=16, return_tensors='pt')
-        return torch.stack([t.input_ids, t.attention_mask])
+        t = self.tokenizer(captions, padding='max_length', padding_side='right', truncation=True, max_length=self.context, return_tensors='pt')
+        mask = trim(t.attention_mask)
+        return torch.stack([t.input_ids[:, :mask.shape[1]], mask])
 
     def train(self, mode:bool=True):
         super().train(mode)
