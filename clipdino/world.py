@@ -443,7 +443,9 @@ class World:
         self.fingerprint = digest(key, captions)
         path = cache_dir()/f'world-{split}-{kinds}-{size}px-{n}-{key}.npy'
         with FileLock(f'{path}.lock'):
-            if not path.exists(): render_file(path, n, size, seed, split, kinds, workers or os.cpu_count())
+            if not path.exists():
+                for left in path.parent.glob(f'.{path.name}.*.tmp'): left.unlink()  # of a process that was killed while it rendered
+                render_file(path, n, size, seed, split, kinds, workers or os.cpu_count())
         self.images = np.load(path, mmap_mode='r')
 
     def __len__(self): return self.n
