@@ -495,7 +495,9 @@ def final_scores(t:Trainer)->dict:
     if probe is None: return {}
     n = {task: len(y) for task, (_, (*_, y)) in probe.sets.items()}
     scores = probe(t.encoder, run.image_size)
-    def interval(k): return list(binomtest(round(scores[k]*n[k.rsplit('_', 1)[0]]), n[k.rsplit('_', 1)[0]]).proportion_ci(method='wilson'))
+    def interval(k):
+        images = n[k.rsplit('_', 1)[0]]
+        return [float(v) for v in binomtest(round(scores[k]*images), images).proportion_ci(method='wilson')]
     untrained = make_encoder(run.arch, run.image_size, run.seed).to(t.acc.device)
     return dict(test=scores, test_interval={k: interval(k) for k in scores}, test_images=n, untrained=probe(untrained, run.image_size))
 
@@ -589,18 +591,22 @@ def show_views(run:Pretrain, n:int=6):
 def show_curves(folder:Path):
     "Loss and probe accuracy against images seen"
     rows = Metrics.read(Path(folder)/'metrics.jsonl')
-    fig, (a, b) = plt.subplots(1, 2, figsize=(8.5, 2.8))
-    steps = [r for r in rows if 'loss' in r]
-    for k in ('loss', 'entropy'):
-        if k in steps[0]: a.plot([r['samples'] for r in steps], [r[k] for r in steps], label=k if k == 'loss' else 'teacher entropy')
-    a.set(xlabel='images seen', ylabel='nats', title='training'); a.legend(frameon=False)
-    probes = [r for r in rows if 'seconds' in r]
-    for k in (k for k in (probes[0] if probes else {}) if k.endswith(('linear', 'knn'))):
+    fig, (a, b) = plt.subplots(1, 2, figsize=(9, 2.8), layout='constrained')
+    steps, probes = [r for r in rows if 'loss' in r], [r for r in rows if 'seconds' in r]
+    for k, label in ('loss', 'loss'), ('entropy', 'teacher entropy'):
+        if k in steps[0]: a.plot([r['samples']/1000 for r in steps], [r[k] for r in steps], label=label)
+    a.set(xlabel='thousand images seen', ylabel='nats', title='training')
+    a.legend(frameon=False)
+    keys = [k for k in (probes[0] if probes else ()) if k.endswith(('_linear', '_knn'))]
+    colours = dict(zip(dict.fromkeys(k.rsplit('_', 1)[0] for k in keys), sns.color_palette('colorblind')))
+    for k in keys:
         task, how = k.rsplit('_', 1)
-        b.plot([r['samples'] for r in probes], [100*r[k] for r in probes], '-o' if how == 'linear' else '--', ms=3, label=f'{task}, {"linear probe" if how == "linear" else "20-NN"}')
-    b.set(xlabel='images seen', ylabel='accuracy, %', title='held-out images'); b.set_ylim(0)
-    if probes: b.legend(frameon=False, fontsize=8)
-    sns.despine(fig); fig.tight_layout()
+        style, label = ('-o', 'linear probe') if how == 'linear' else ('--', '20 neighbours')
+        b.plot([r['samples']/1000 for r in probes], [100*r[k] for r in probes], style, ms=3, color=colours[task], label=f'{task}, {label}')
+    b.set(xlabel='thousand images seen', ylabel='accuracy, %', title='held-out images')
+    b.set_ylim(0)
+    if probes: b.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, .5))
+    sns.despine(fig)
 
 # %% ../nbs/02_pretrain.ipynb #7338589a
 LOOKS = dict(zip(OBJECTIVES, (sns.color_palette('colorblind')[k] for k in (0, 2, 1, 4))))  # colour of each objective, in all figures
