@@ -264,6 +264,7 @@ class DINOHead(nn.Module):
         self.scale = nn.Parameter(torch.ones(prototypes, 1)) if learn_scale else 1.
     def forward(self, x): return F.linear(F.normalize(self.mlp(x), dim=-1), self.scale*F.normalize(self.last, dim=-1))
 
+# %% ../nbs/01_objectives.ipynb #cda2d798
 def cosine(start:float, end:float, done:float)->float:
     "From `start` to `end` along half a cosine"
     return end + (start - end)*(1 + math.cos(math.pi*min(max(done, 0.), 1.)))/2

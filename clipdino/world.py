@@ -236,6 +236,7 @@ def plate(size:int, x0, y0, x1, y1)->Image.Image:
     ImageDraw.Draw(m).rectangle([v*size for v in (x0, y0, x1, y1)], fill=255)
     return m
 
+# %% ../nbs/00_world.ipynb #e6a023af
 def single_parts(s:Scene, size:int)->list:
     "One object that fills the frame, or is placed in one of nine cells; perhaps with a small word on a plate"
     if s.kind == 'placed': side, x, y = (.26, .33, .4)[s.scale], .2 + .3*(s.position % 3), .2 + .3*(s.position//3)
