@@ -11,6 +11,7 @@ __all__ = ['IMAGE', 'TXT', 'JSON', 'CLS', 'EXTENSIONS', 'FAULTS', 'CUT', 'FORMAT
 # %% ../nbs/01_data.ipynb #20657f65
 import io, json, os, re, tarfile, time
 from collections import Counter
+from copy import copy
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +25,7 @@ from braceexpand import UnbalancedBracesError, braceexpand
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from .core import Progress, SettingsError, cache_dir, check, digest, mix, one_of, permute, whole
+from .core import Progress, SettingsError, cache_dir, check, digest, mix, one_of, permute, whole, writing
 
 # %% ../nbs/01_data.ipynb #bc7bc5b8
 class BadData(RuntimeError):
@@ -218,20 +219,20 @@ class _Open:
 def _open(*what)->_Open: return _Open(*what)
 
 def _count(path, caption_key:str)->tuple:
-    "A shard's stamp, how many of its samples are usable, and how many are not, by reason"
+    "A shard's stamp, a digest of where its parts are, how many of its samples are usable, and how many are not, by reason"
     mark, ix = stamp(path), index(path)
     n = np.bincount(faults(ix, caption_key), minlength=len(FAULTS)).tolist()
-    return mark, n[0], Counter({r: k for r, k in zip((CUT, *FAULTS[1:]), (int(ix.cut), *n[1:])) if k})
+    return mark, digest(ix.at.tobytes(), ix.size.tobytes()), n[0], Counter({r: k for r, k in zip((CUT, *FAULTS[1:]), (int(ix.cut), *n[1:])) if k})
 
-def survey(paths:list, caption_key:str)->tuple: # -> stamps, (shards,) int64 usable samples, reason -> samples that are not
+def survey(paths:list, caption_key:str)->tuple: # -> stamps, digests of the indices, (shards,) int64 usable samples, reason -> samples that are not
     "What is in the shards; says how far it is if that takes long"
     out, t, progress = [], time.time(), Progress(len(paths))
     with ThreadPoolExecutor(16) as ex:
         for c in ex.map(lambda p: _count(p, caption_key), paths):
             out.append(c)
             if time.time() - t > 10: progress(len(out), indexed=f'{len(out)} shards')
-    stamps, sizes, missing = zip(*out)
-    return list(stamps), np.array(sizes, np.int64), sum(missing, Counter())
+    stamps, digests, sizes, missing = zip(*out)
+    return list(stamps), list(digests), np.array(sizes, np.int64), sum(missing, Counter())
 
 # %% ../nbs/01_data.ipynb #5ee02c2f
 TRIES = 16  # replacements of one sample before giving up
@@ -245,10 +246,10 @@ class Shards:
                  caption_key:str='auto', # see `caption_part`
                  slack:float=2.): # see `decode`
         self.paths, self.canvas, self.caption_key, self.slack = expand(spec), canvas, caption_key, slack
-        self.stamps, self.shard_sizes, self.missing = survey(self.paths, caption_key)
+        self.stamps, digests, self.shard_sizes, self.missing = survey(self.paths, caption_key)
         self.ends = self.shard_sizes.cumsum()
         check(len(self), f'none of the samples in {spec} has an image and a caption: {dict(self.missing)}')
-        self.fingerprint = digest(caption_key, [[p.name, size, int(n)] for p, (size, _), n in zip(self.paths, self.stamps, self.shard_sizes)])
+        self.fingerprint = digest(caption_key, [[p.name, size, d] for p, (size, _), d in zip(self.paths, self.stamps, digests)])
 
     def __len__(self): return int(self.ends[-1])
 
@@ -379,9 +380,9 @@ def loader(source, # see the top of this page
 class Bad:
     "Counts bad samples by reason, lists them in `path`, and stops a run that has too many"
     def __init__(self,
-                 path, # `bad.jsonl` of the run; each rank needs its own
+                 path, # `bad.jsonl` of the run
                  max_bad:float=.05, # largest share of bad samples
-                 source=None, # its unusable samples are listed and judged at once; for one rank will do
+                 source=None, # its unusable samples are listed and judged at once
                  start:int=0, # first step of a run that continues: later entries are dropped
                  good:int=0, # good samples seen before that step
                 ):
@@ -392,14 +393,24 @@ class Bad:
         with whole(self.path) as tmp, open(tmp, 'w') as f:
             if self.missing: f.writelines(self._line(None, *b) for b in source.unusable())
             f.writelines(self._line(**r) for r in known)
+        for other in self._others(): other.unlink()
         if self.missing: self._judge(self.missing, len(source), 'in the shards')
+
+    def _others(self)->list: return sorted(self.path.parent.glob(f'{self.path.stem}-*.jsonl'))
+
+    def of(self, rank:int)->'Bad':
+        "For another process of the same run, which has a list of its own beside this one until the run ends or starts again"
+        if not rank: return self
+        other = copy(self)
+        other.path, other.reasons = self.path.with_name(f'{self.path.stem}-{rank}.jsonl'), Counter(self.reasons)
+        return other
 
     def _line(self, step, key, reason)->str: return json.dumps(dict(step=step, key=key, reason=reason)) + '\n'
 
     def rows(self)->list:
-        "All entries; an unfinished last line is none"
-        if not self.path.exists(): return []
-        return [json.loads(l) for l in self.path.read_text().splitlines(keepends=True) if l.endswith('\n')]
+        "All entries, by step; an unfinished last line is none"
+        lines = [l for p in (self.path, *self._others()) if p.exists() for l in p.read_text().splitlines(keepends=True)]
+        return sorted((json.loads(l) for l in lines if l.endswith('\n')), key=lambda r: -1 if r['step'] is None else r['step'])
 
     def _judge(self, reasons:Counter, good:int, where:str):
         bad = sum(reasons.values())
@@ -412,7 +423,7 @@ class Bad:
         self.good += good
         self.reasons.update(r for _, r in bad)
         if bad:
-            with open(self.path, 'a') as f: f.writelines(self._line(step, *b) for b in bad)
+            with writing(self.path), open(self.path, 'a') as f: f.writelines(self._line(step, *b) for b in bad)
         if self.good + self.reasons.total() >= self.least: self._judge(self.reasons, self.good, 'seen')
 
     def finish(self)->dict:

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'default_cfgs', 'CLIP_VOCAB', 'BYTE_TOKENS', 'ConvStem', 'clipdino_vit_smoke', 'clipdino_vit_mini',
-           'make_encoder', 'patch_of', 'clip_tokenizer', 'trim', 'ShortText', 'text_heads', 'TextTower', 'text_folder',
-           'layers_of', 'text_config', 'PretrainedText', 'gather', 'rank', 'clip_loss', 'siglip_loss', 'Objective',
-           'Contrastive', 'dino_loss', 'GlobalBatchNorm', 'DINOHead', 'cosine', 'DINO']
+           'DropPath', 'encode', 'make_encoder', 'patch_of', 'clip_tokenizer', 'trim', 'ShortText', 'text_heads',
+           'TextTower', 'text_folder', 'layers_of', 'text_config', 'PretrainedText', 'full', 'alone', 'gather', 'rank',
+           'clip_loss', 'siglip_loss', 'in_parts', 'Objective', 'Contrastive', 'dino_loss', 'GlobalBatchNorm',
+           'DINOHead', 'cosine', 'DINO']
 
 # %% ../nbs/01_objectives.ipynb #935fa519
 import copy, gzip, math, tempfile
@@ -23,10 +24,11 @@ from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from .core import SettingsError, check, generator
+from .core import SettingsError, check, generator, mix, uniform
 
 # %% ../nbs/01_objectives.ipynb #a4ab213c
 class ConvStem(nn.Module):
@@ -73,13 +75,32 @@ def clipdino_vit_mini(pretrained=False, **kw):
     return _vit('clipdino_vit_mini', pretrained, kw, img_size=32, patch_size=8, embed_dim=128, depth=3, num_heads=4, embed_layer=ConvStem)
 
 # %% ../nbs/01_objectives.ipynb #490b5f7a
+class DropPath(nn.Module):
+    "Stochastic depth (Huang et al., 2016) whose masks are functions of `keys`, one for each row, and not of a stream"
+    def __init__(self, p:float, site:int): # probability of dropping a residual branch; which branch of the encoder it is
+        super().__init__()
+        self.p, self.site, self.keys = p, site, None
+    def forward(self, x): # (N, L, D)
+        if not self.training: return x
+        keep = (uniform(self.keys, self.site) >= self.p).to(x.dtype)/(1 - self.p)
+        return x*keep[:, None, None]
+
+def encode(encoder:nn.Module, x, keys)->torch.Tensor: # (N, 3, S, S), (N,) -> (N, D)
+    "Class tokens, with drop path by `keys`"
+    for m in encoder.modules():
+        if isinstance(m, DropPath): m.keys = keys
+    return encoder(x)
+
 def make_encoder(arch:str, # a timm ViT
                  image_size:int, # px
-                 seed:int, drop_path:float=0.)->nn.Module:
+                 seed:int, drop_path:float=0.)->nn.Module: # of the last block, rising linearly from 0 at the first
     "A ViT that returns its class token, with weights that depend on `arch`, `image_size` and `seed` alone"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, 2).initial_seed())
-        return timm.create_model(arch, num_classes=0, img_size=image_size, dynamic_img_size=True, drop_path_rate=drop_path)
+        encoder = timm.create_model(arch, num_classes=0, img_size=image_size, dynamic_img_size=True)
+    for i, b in enumerate(encoder.blocks if drop_path else ()):
+        if i: b.drop_path1, b.drop_path2 = (DropPath(drop_path*i/(len(encoder.blocks) - 1), 2*i + k) for k in (0, 1))
+    return encoder
 
 def patch_of(arch:str)->int:
     "Patch size of a timm ViT, px, without weights; refuses what is no ViT with a class token"
@@ -159,10 +180,10 @@ class PretrainedText(nn.Module):
         layers = layers_of(self.lm)
         for layer in list(layers)[len(layers) - unlocked:]: layer.requires_grad_(True)
 
-    def tokenize(self, captions:list)->torch.Tensor: # (2, B, L): ids and mask
+    def tokenize(self, captions:list)->torch.Tensor: # (B, 2, L): ids and mask
         t = self.tokenizer(captions, padding='max_length', padding_side='right', truncation=True, max_length=self.context, return_tensors='pt')
         mask = trim(t.attention_mask)
-        return torch.stack([t.input_ids[:, :mask.shape[1]], mask])
+        return torch.stack([t.input_ids[:, :mask.shape[1]], mask], 1)
 
     def train(self, mode:bool=True):
         super().train(mode)
@@ -170,17 +191,23 @@ class PretrainedText(nn.Module):
         return self
 
     def forward(self, tokens):
-        ids, mask = tokens
+        ids, mask = tokens.unbind(1)
         h = self.lm(input_ids=ids, attention_mask=mask).last_hidden_state
         return self.proj((h*mask[..., None]).sum(1)/mask.sum(1, keepdim=True))
 
 # %% ../nbs/01_objectives.ipynb #dd0cf8e4
+def full(x:torch.Tensor)->torch.Tensor:
+    "Half precision becomes single; single and double stay"
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+def alone()->bool: return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+
 def gather(x:torch.Tensor)->torch.Tensor: # (b, D) -> (B, D)
     "The features of all processes, with gradient"
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1: return x
+    if alone(): return x
     return torch.cat(dist.nn.functional.all_gather(x.contiguous()))
 
-def rank()->int: return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+def rank()->int: return 0 if alone() else dist.get_rank()
 
 def clip_loss(x:torch.Tensor, t:torch.Tensor, # (b, D) unit length
               scale:torch.Tensor)->torch.Tensor:
@@ -197,17 +224,29 @@ def siglip_loss(x:torch.Tensor, t:torch.Tensor, # (b, D) unit length
     return (F.softplus(z).sum() - z[own, own + rank()*n].sum())/n
 
 # %% ../nbs/01_objectives.ipynb #6d28c6a9
+def in_parts(f, rows:int, *xs)->torch.Tensor: # f: tensors of n rows -> one of n rows; at most `rows` at once, 0 for all
+    "`f(*xs)`, a few rows at a time; with gradient, activations are made again when they are needed"
+    if not rows or len(xs[0]) <= rows: return f(*xs)
+    parts = zip(*(x.split(rows) for x in xs))
+    return torch.cat([checkpoint(f, *p, use_reentrant=False) if torch.is_grad_enabled() else f(*p) for p in parts])
+
+# %% ../nbs/01_objectives.ipynb #21d0246d
 class Objective(nn.Module):
-    "What the training loop needs to know of an objective"
+    "What the training loop needs to know of an objective; its `forward` takes views, tokens and keys of a batch, and returns `loss` and the numbers worth logging"
     captions = False  # whether it reads them
     exported = 'encoder'  # attribute that holds the encoder to keep
+    towers = ('encoder',)  # attributes worth compiling
+    micro = 0  # images at once in forward and backward pass; 0 for all
     def set_progress(self, done:float): "Called before each step with the share of the run that is done"
     def before_step(self): "Called between gradient and optimiser step"
-    def after_step(self, done:float): "Called after each optimiser step"
+    def after_step(self, done:float, ok): "Called after each optimiser step; `ok` is a tensor, 0 if the step was not taken"
+    def trouble(self, values:dict)->str: # what `forward` returned, as numbers
+        "What is wrong with the training, in a sentence; empty if nothing is"
+        return ''
 
 class Contrastive(Objective):
     "CLIP and SigLIP: an image tower and a text tower that meet in one space"
-    captions = True
+    captions, towers = True, ('encoder', 'text')
     def __init__(self, encoder, text, dim:int, sigmoid:bool=False):
         super().__init__()
         self.encoder, self.text, self.sigmoid = encoder, text, sigmoid
@@ -216,17 +255,18 @@ class Contrastive(Objective):
         self.log_scale = nn.Parameter(torch.tensor(math.log(10 if sigmoid else 1/.07)))
         self.bias = nn.Parameter(torch.tensor(-10.)) if sigmoid else None
 
-    def embed_image(self, x): return F.normalize(self.proj(self.encoder(x)).float(), dim=1)
-    def embed_text(self, tokens): return F.normalize(self.text(tokens).float(), dim=1)
+    def embed_image(self, x, keys=None): return F.normalize(full(self.proj(encode(self.encoder, x, keys))), dim=1)
+    def embed_text(self, tokens): return F.normalize(full(self.text(tokens)), dim=1)
 
-    def forward(self, views, tokens)->dict: # [(B, 3, S, S)], tokens
-        "Loss and the numbers worth logging"
-        x, t, s = self.embed_image(views[0]), self.embed_text(tokens), self.log_scale.exp()
+    def forward(self, views, tokens, keys)->dict: # [(B, 3, S, S)], tokens (B, ...), keys (B,)
+        "Loss and scale"
+        x, t = in_parts(self.embed_image, self.micro, views[0], keys), in_parts(self.embed_text, self.micro, tokens)
+        s = self.log_scale.exp()
         loss = siglip_loss(x, t, s, self.bias) if self.sigmoid else clip_loss(x, t, s)
         return dict(loss=loss, scale=s.detach())
 
     @torch.no_grad()
-    def after_step(self, done): self.log_scale.clamp_(0, math.log(100))
+    def after_step(self, done, ok): self.log_scale.clamp_(0, math.log(100))
 
 # %% ../nbs/01_objectives.ipynb #2b6753c2
 def dino_loss(student:torch.Tensor, # (V, B, K) logits / temperature, the global views first
@@ -246,8 +286,8 @@ class GlobalBatchNorm(nn.Module):
         super().__init__()
         self.weight, self.bias, self.eps = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim)), eps
     def forward(self, x): # (N, D), N the same in all processes
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1: return F.batch_norm(x, None, None, self.weight, self.bias, True, eps=self.eps)
-        x = x.float()
+        if alone(): return F.batch_norm(x, None, None, self.weight, self.bias, True, eps=self.eps)
+        x = full(x)
         mean, square = (dist.nn.functional.all_reduce(torch.stack([x.mean(0), x.square().mean(0)]))/dist.get_world_size()).unbind()
         return (x - mean)*(square - mean.square() + self.eps).rsqrt()*self.weight + self.bias
 
@@ -262,7 +302,9 @@ class DINOHead(nn.Module):
             if isinstance(m, nn.Linear): trunc_normal_(m.weight, std=.02); nn.init.zeros_(m.bias)
         self.last = nn.Parameter(torch.empty(prototypes, bottleneck).uniform_(-bottleneck**-.5, bottleneck**-.5))
         self.scale = nn.Parameter(torch.ones(prototypes, 1)) if learn_scale else 1.
-    def forward(self, x): return F.linear(F.normalize(self.mlp(x), dim=-1), self.scale*F.normalize(self.last, dim=-1))
+    def embed(self, x): return F.normalize(self.mlp(x), dim=-1)  # (N, D) -> (N, bottleneck), unit length
+    def weight(self): return self.scale*F.normalize(self.last, dim=-1)  # (prototypes, bottleneck)
+    def forward(self, x): return F.linear(self.embed(x), self.weight())
 
 # %% ../nbs/01_objectives.ipynb #cda2d798
 def cosine(start:float, end:float, done:float)->float:
@@ -271,7 +313,7 @@ def cosine(start:float, end:float, done:float)->float:
 
 class DINO(Objective):
     "Self-distillation without labels: student, EMA teacher, centring and sharpening"
-    exported = 'teacher'
+    exported, towers = 'teacher', ('encoder', 'teacher')
     def __init__(self, encoder, teacher, # the student and an equal ViT without drop path
                  head:DINOHead, locals_:int, momentum:float=.996, student_temp:float=.1, teacher_temp:float=.04,
                  warmup_temp:float=.04, warmup:float=0., # the teacher's temperature rises from `warmup_temp` over this share of the run
@@ -285,8 +327,8 @@ class DINO(Objective):
         self.momentum, self.student_temp, self.teacher_temp, self.warmup_temp, self.warmup = momentum, student_temp, teacher_temp, warmup_temp, warmup
         self.centre_momentum, self.freeze_last = centre_momentum, freeze_last
         self.register_buffer('centre', torch.zeros(len(head.last)))
-        self.register_buffer('batch_centre', torch.zeros(len(head.last)))  # mean teacher output of the last batch
-        self.register_buffer('temp', torch.tensor(warmup_temp))
+        self.register_buffer('mean', torch.zeros(head.last.shape[1]), persistent=False)  # of the teacher's embeddings in the last batch
+        self.register_buffer('temp', torch.tensor(warmup_temp), persistent=False)
 
     def train(self, mode:bool=True):
         super().train(mode)
@@ -299,32 +341,57 @@ class DINO(Objective):
         self.temp.fill_(self.warmup_temp + (self.teacher_temp - self.warmup_temp)*up)
         self.last_frozen = done < self.freeze_last
 
-    def targets(self, views)->torch.Tensor: # (2*B, 3, S, S) -> (2, B, K)
-        "Teacher probabilities, centred and sharpened; remembers the batch's mean output for the centre"
-        with torch.no_grad():
-            out = self.teacher_head(self.teacher(views)).float()
-            self.batch_centre.copy_(out.mean(0))
-            return ((out - self.centre)/self.temp).softmax(-1).unflatten(0, (2, -1))
+    def student(self, views, keys)->torch.Tensor: # lists of (v*B, 3, S, S), (B,) -> (V, B, bottleneck)
+        "The student's embeddings of all views, one pass for each resolution"
+        n, out, first = len(keys), [], 0
+        for x in views:
+            v = len(x)//n
+            k = mix(keys[None], torch.arange(first, first + v, device=keys.device)[:, None]).flatten()
+            out.append(in_parts(partial(encode, self.encoder), v*self.micro, x, k))
+            first += v
+        return self.head.embed(torch.cat(out)).unflatten(0, (self.views, n))
 
-    def forward(self, views, tokens=None)->dict: # global views (2*B, 3, S, S), local views (L*B, 3, s, s)
-        "Loss, the teacher's entropy and its divergence from the student"
-        q = self.targets(views[0])
-        z = self.head(torch.cat([self.encoder(v) for v in views])).float()/self.student_temp
-        loss = dino_loss(z.unflatten(0, (self.views, -1)), q)
-        entropy = -(q*q.clamp(min=1e-30).log()).sum(-1).mean()
-        return dict(loss=loss, entropy=entropy, kl=(loss - entropy).detach())
+    def scores(self, s, t, w_s, w_t)->tuple: # embeddings (V, b, D) and (2, b, D), prototypes (K, D) of student and teacher
+        "Sums over samples: loss, entropy of the targets, and the targets (K,)"
+        with torch.no_grad():
+            log_q = ((full(F.linear(t, w_t)) - self.centre)/self.temp).log_softmax(-1)
+            q = log_q.exp()
+            entropy = -(q*log_q).sum(-1).mean(0).sum()
+        return dino_loss(full(F.linear(s, w_s))/self.student_temp, q)*s.shape[1], entropy, q.sum((0, 1))
+
+    def forward(self, views, tokens=None, keys=None)->dict: # global views (2*B, 3, S, S), local views (L*B, 3, s, s)
+        "Loss; the targets' entropy, their divergence from the student, and what they say of the picture, in nats"
+        n = len(views[0])//2
+        if keys is None: keys = torch.zeros(n, dtype=torch.int64, device=views[0].device)
+        with torch.no_grad():
+            t = self.teacher_head.embed(in_parts(self.teacher, 2*self.micro, views[0]))
+            self.mean.copy_(t.mean(0))
+            t, w_t = t.unflatten(0, (2, n)), self.teacher_head.weight()
+        s, w_s, rows = self.student(views, keys), self.head.weight(), self.micro or n
+        parts = [checkpoint(self.scores, a, b, w_s, w_t, use_reentrant=False) if rows < n else self.scores(a, b, w_s, w_t) for a, b in zip(s.split(rows, 1), t.split(rows, 1))]
+        loss, entropy, q = (sum(p)/n for p in zip(*parts))
+        return dict(loss=loss, entropy=entropy, kl=loss.detach() - entropy, information=torch.special.entr(q/2).sum() - entropy)
+
+    def trouble(self, values):
+        "Collapse (Caron et al., 2021, section 5.3): the targets are the same for every picture"
+        top = math.log(len(self.centre))
+        if values['information'] > .01*top: return ''
+        if values['entropy'] > .99*top: return f'the targets are uniform and the loss stands at ln({len(self.centre)}) = {top:.2f}: sharpen them (lower teacher_temp), or lower lr or momentum'
+        if values['entropy'] < .01*top: return 'all pictures go to one prototype: centre more (lower centre_momentum), or sharpen less (raise teacher_temp)'
+        return 'the targets are the same for all pictures: the teacher has learnt nothing yet, or has collapsed'
 
     def before_step(self):
         "The last layer stands still for the first part of the run"
         if self.last_frozen: self.head.last.grad = None
 
     @torch.no_grad()
-    def after_step(self, done):
-        "Teacher <- average of itself and the student; centre <- average of itself and the batch's"
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(self.batch_centre)
-            self.batch_centre /= dist.get_world_size()
-        self.centre.lerp_(self.batch_centre, 1 - self.centre_momentum)
-        m = cosine(self.momentum, 1., done)
-        for t, s in (self.teacher, self.encoder), (self.teacher_head, self.head):
-            torch._foreach_lerp_(list(t.parameters()), list(s.parameters()), 1 - m)
+    def after_step(self, done, ok):
+        "Teacher <- average of itself and the student; centre <- average of itself and the batch's; neither if the step was not taken"
+        if not alone(): dist.all_reduce(self.mean.div_(dist.get_world_size()))
+        batch = F.linear(self.mean, self.teacher_head.weight())  # mean teacher output, since the last layer is linear
+        self.centre.copy_(torch.where(ok > 0, self.centre.lerp(batch, 1 - self.centre_momentum), self.centre))
+        step = ok*(1 - cosine(self.momentum, 1., done))
+        teacher, student = ([p for m in ms for p in m.parameters()] for ms in ((self.teacher, self.teacher_head), (self.encoder, self.head)))
+        d = torch._foreach_sub(student, teacher)
+        torch._foreach_mul_(d, step)
+        torch._foreach_add_(teacher, d)

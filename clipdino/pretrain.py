@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'SMOKE', 'MINI', 'SMALL', 'PAPER', 'VIEW_SETTINGS', 'DINO_VIEWS', 'BY_OBJECTIVE', 'SOURCES', 'FREE',
-           'LOOKS', 'TextSettings', 'DINOSettings', 'Pretrain', 'validate', 'check_inputs', 'settings',
-           'make_objective', 'view_groups', 'make_source', 'param_groups', 'schedule', 'features', 'linear_probe',
-           'knn', 'world_tasks', 'labelled_task', 'Probe', 'state_tensors', 'tensors_digest', 'save_state',
-           'load_state', 'use_compile', 'clip_gradients', 'NonFinite', 'check_settings', 'make_probe', 'Trainer',
-           'last_scores', 'fit', 'export_encoder', 'open_encoder', 'retrieval', 'final_scores', 'finish', 'pretrain',
-           'collect', 'recipe', 'show_samples', 'show_views', 'show_curves', 'show_learning']
+           'ROUNDING', 'REFUSED', 'LOOKS', 'TextSettings', 'DINOSettings', 'Pretrain', 'validate', 'launched',
+           'world_size', 'check_inputs', 'settings', 'make_objective', 'dtype_of', 'view_groups', 'make_source',
+           'param_groups', 'schedule', 'features', 'linear_probe', 'knn', 'world_tasks', 'labelled_task', 'Probe',
+           'state_tensors', 'tensors_digest', 'save_state', 'load_state', 'use_compile', 'clip_gradients', 'NonFinite',
+           'check_settings', 'make_probe', 'accelerator', 'on_main', 'Trainer', 'last_scores', 'Watch', 'fit',
+           'export_encoder', 'open_encoder', 'retrieval', 'final_scores', 'finish', 'complete', 'only_one', 'train',
+           'pretrain', 'arguments', 'spawn', 'main', 'collect', 'recipe', 'show_samples', 'show_views', 'show_curves',
+           'show_learning']
 
 # %% ../nbs/02_pretrain.ipynb #568ea07d
-import hashlib, json, math, shutil, tempfile, textwrap, time
+import argparse, errno, hashlib, inspect, json, math, os, re, shutil, subprocess, sys, tempfile, textwrap, time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +27,7 @@ import seaborn as sns
 import timm
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -32,9 +36,9 @@ from timm.models._hub import save_for_hf
 from torch import nn
 from torch.nn import functional as F
 
-from .core import (Metrics, PRESETS, Progress, Settings, SettingsError, check, digest, environment, generator, in_test, injected, one_of,
-                           read_json, run_dir, say, whole, write_json)
-from .data import Bad, Shards, expand, labelled, loader
+from .core import (CannotWrite, Metrics, PRESETS, Progress, Settings, SettingsError, check, digest, environment, generator, in_test, injected, one_of,
+                           mix, read_json, run_dir, say, whole, write_json, writing)
+from .data import Bad, BadData, Shards, Steps, expand, labelled, loader
 from .objectives import (BYTE_TOKENS, CLIP_VOCAB, Contrastive, DINO, DINOHead, MEAN, STD, PretrainedText, TextTower, cosine, make_encoder, patch_of, text_config, text_heads)
 from .views import AddViews, centre, clip_views, dino_views, make_views
 from .world import POLICIES, World
@@ -92,6 +96,7 @@ class Pretrain(DINOSettings, TextSettings):
     # budget and optimiser: the same for all objectives
     samples: int = 196608  # images seen in all
     batch: int = 64  # images per step, over all processes
+    micro: int = 0  # images that a process takes through the encoder at once, to save memory; 0 for all of its share
     lr: float = 1e-3  # peak learning rate
     min_lr: float = 1e-5  # at the end of the cosine
     warmup: float = .1  # share of the run with rising learning rate
@@ -108,7 +113,8 @@ class Pretrain(DINOSettings, TextSettings):
     # views
     crop_min: float = .9  # least area share of a (global) crop
     # machinery
-    precision: str = 'auto'  # fp32, bf16; auto: bf16 on GPUs that have it
+    processes: int = 0  # on this machine; 0: one for each GPU, or for the CPU. accelerate or torchrun, where they launch the run, decide instead
+    precision: str = 'auto'  # fp32, bf16, fp64; auto: bf16 on GPUs that have it
     compile: str = 'auto'  # on, off; auto: on a GPU
     probes: int = 6  # evaluations during the run, besides the one before it
     probe_data: str = ''  # labelled images for them; empty means the world's, for runs on the world
@@ -126,9 +132,9 @@ class Pretrain(DINOSettings, TextSettings):
     def steps(self)->int: return self.samples//self.batch
 
 # %% ../nbs/02_pretrain.ipynb #61b7232b
-_CHOICES = dict(objective=OBJECTIVES, preset=PRESETS, captions=POLICIES, augment=('device', 'workers'), precision=('auto', 'fp32', 'bf16'), compile=('auto', 'on', 'off'),
+_CHOICES = dict(objective=OBJECTIVES, preset=PRESETS, captions=POLICIES, augment=('device', 'workers'), precision=('auto', 'fp32', 'bf16', 'fp64'), compile=('auto', 'on', 'off'),
                 clip_per=('model', 'parameter'), tracker=('', 'tensorboard', 'wandb'))
-_LEAST = dict(seed=0, batch=2, images=2, canvas=16, workers=0, local_crops=0, probes=0, unlocked=0, dim=1, text_width=2, text_layers=1, context=4, prototypes=2, head_hidden=1, bottleneck=1,
+_LEAST = dict(seed=0, batch=2, micro=0, processes=0, images=2, canvas=16, workers=0, local_crops=0, probes=0, unlocked=0, dim=1, text_width=2, text_layers=1, context=4, prototypes=2, head_hidden=1, bottleneck=1,
               save_every=1, lr=0, min_lr=0, weight_decay=0, weight_decay_end=0)
 _SHARES = 'warmup', 'max_bad', 'momentum', 'warmup_teacher', 'centre_momentum', 'freeze_last', 'drop_path', 'beta2'
 _POSITIVE = 'eps', 'clip_grad', 'student_temp', 'teacher_temp', 'warmup_teacher_temp'
@@ -152,10 +158,19 @@ def validate(run:Pretrain):
         check(v(f) > 0 and v(f) % patch == 0, f'{f}={v(f)} must be a multiple of the patch size of {run.arch}, {patch}')
     check(not run.tracker or find_spec(run.tracker) is not None, f'tracker={run.tracker} needs the package of that name: pip install {run.tracker}')
 
+def launched()->bool: return 'LOCAL_RANK' in os.environ
+
+def world_size(run:Pretrain)->int:
+    "How many processes share the run"
+    if launched(): return int(os.environ['WORLD_SIZE'])
+    return run.processes or max(torch.cuda.device_count(), 1)
+
 def check_inputs(run:Pretrain):
-    "Refuse a run whose shards or text model are not there"
+    "Refuse a run that can't be split over its processes, or whose shards or text model are not there"
     check(run.data != '', f'the preset {run.preset} trains on image-text shards: give them with -p data')
     check(not run.eval_data or run.objective != 'dino', 'eval_data is for objectives that read captions, and dino reads none')
+    n = world_size(run)
+    check(run.batch % n == 0, f'batch={run.batch} must be a multiple of the {n} processes')
     for spec in {run.data, run.eval_data, run.probe_data} - {'world', ''}:
         if spec != run.probe_data or not Path(spec).expanduser().is_dir(): expand(spec)  # a labelled set may be a folder of folders
     if run.objective == 'clip-lm': text_config(run.text_model, run.unlocked)
@@ -200,6 +215,19 @@ def settings(preset:str='mini', objective:str='clip', **given)->Pretrain: # over
 # %% ../nbs/02_pretrain.ipynb #1f04d2ef
 def make_objective(run:Pretrain)->nn.Module:
     "The objective of a run; encoder first, so that its weights depend on nothing else"
+    with dtype_of(run): objective = _objective(run)
+    objective.micro = run.micro
+    return objective.to(torch.float64) if run.precision == 'fp64' else objective  # a pre-trained text model comes in single precision
+
+@contextmanager
+def dtype_of(run:Pretrain):
+    "What is made inside is of the run's precision"
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if run.precision == 'fp64' else torch.float32)
+    try: yield
+    finally: torch.set_default_dtype(before)
+
+def _objective(run:Pretrain)->nn.Module:
     encoder = make_encoder(run.arch, run.image_size, run.seed, run.drop_path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(run.seed, 3).initial_seed())
@@ -235,12 +263,14 @@ def schedule(run:Pretrain, done:float)->dict:
 @torch.inference_mode()
 def features(encoder:nn.Module, images, hw, size:int, batch:int=256)->torch.Tensor: # (n, D) float32 on the CPU
     "Class tokens of uint8 pictures, in evaluation mode"
-    device, training = next(encoder.parameters()).device, encoder.training
+    p, training = next(encoder.parameters()), encoder.training
+    device, dtype = p.device, p.dtype
     encoder.eval()
     out = []
     for i in range(0, len(images), batch):
         x = torch.from_numpy(np.array(images[i:i + batch])).to(device)  # a copy: memory maps are read-only
-        out.append(encoder(centre(x, torch.as_tensor(hw[i:i + batch], device=device), size, MEAN, STD)).float().cpu())
+        x = centre(x, torch.as_tensor(hw[i:i + batch], device=device), size, MEAN, STD)
+        out.append(encoder.forward(x.to(dtype)).float().cpu())  # `forward` is never the compiled one
     encoder.train(training)
     return torch.cat(out)
 
@@ -312,15 +342,15 @@ def tensors_digest(tensors:dict)->str:
     for k in sorted(tensors): h.update(k.encode()); h.update(tensors[k].reshape(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()
 
-def save_state(folder:Path, model, opt, step:int, seen:int, keep:int=2): # good samples seen
+def save_state(folder:Path, model, opt, step:int, keep:int=2):
     "Write `state-<step>.safetensors`, then drop all but the latest `keep`"
     tensors = state_tensors(model, opt)
-    meta = dict(step=step, digest=tensors_digest(tensors), seen=seen)
+    meta = dict(step=step, digest=tensors_digest(tensors))
     with whole(folder/f'state-{step:09d}.safetensors') as tmp: save_file(tensors, tmp, {'state': json.dumps(meta)})
     for old in sorted(folder.glob('state-*.safetensors'))[:-keep]: old.unlink()
 
-def load_state(folder:Path, model, opt)->dict:
-    "Restore the latest sound state into `model` and `opt`; its step and counts, or those of a fresh start"
+def load_state(folder:Path, model, opt)->int:
+    "Restore the latest sound state into `model` and `opt`; its step, 0 for a fresh start"
     for path in sorted(folder.glob('state-*.safetensors'), reverse=True):
         try:
             with safe_open(path, 'pt') as f: meta, tensors = json.loads(f.metadata()['state']), {k: f.get_tensor(k) for k in f.keys()}
@@ -333,8 +363,8 @@ def load_state(folder:Path, model, opt)->dict:
         for k, v in tensors.items():
             if k.startswith('optim.'): _, i, slot = k.split('.'); slots.setdefault(int(i), {})[slot] = v
         opt.load_state_dict(dict(state=slots, param_groups=opt.state_dict()['param_groups']))
-        return meta
-    return dict(step=0, seen=0)
+        return meta['step']
+    return 0
 
 # %% ../nbs/02_pretrain.ipynb #e8a2e1d7
 def use_compile(run:Pretrain, device)->bool:
@@ -351,14 +381,17 @@ def clip_gradients(params, limit:float, per:str)->torch.Tensor:
 class NonFinite(RuntimeError): "A loss or gradient that is not finite"
 
 FREE = 'workers', 'save_every', 'tracker'  # settings that change nothing in what a run ends with, and so may change when it continues
+ROUNDING = 'micro', 'processes'  # these change the order of sums, and nothing else
 
 def check_settings(folder:Path, run:Pretrain, fingerprint:str):
     "Refuse to continue a run with other settings or data; note them when it is new"
     path, now = folder/'settings.json', dict(asdict(run), fingerprint=fingerprint)
     if path.exists():
-        then = read_json(path)
-        other = [f'{k} was {then.get(k)!r} and is now {v!r}' for k, v in now.items() if then.get(k) != v and k not in FREE]
-        check(not other, f'{folder.name} was begun with other settings: {"; ".join(other)}; give the new run another name')
+        then = {**{f.name: f.default for f in fields(run)}, **read_json(path)}  # a setting that is newer than the run had its default
+        other = {k: f'{k} was {then.get(k)!r} and is now {v!r}' for k, v in now.items() if then.get(k) != v and k not in FREE}
+        rounding = [other.pop(k) for k in ROUNDING if k in other]
+        check(not other, f'{folder.name} was begun with other settings: {"; ".join(other.values())}; give the new run another name')
+        if rounding: say(f'{"; ".join(rounding)}: sums are taken in another order, so the end will differ from an unbroken run by rounding')
     else: write_json(path, dict(now, environment=environment()))
 
 def make_probe(run:Pretrain, split:str='val'):
@@ -368,57 +401,97 @@ def make_probe(run:Pretrain, split:str='val'):
     return Probe(world_tasks(run.canvas, split, *((64, 64) if run.preset == 'smoke' else ()))) if run.data == 'world' else None
 
 # %% ../nbs/02_pretrain.ipynb #a4b304f3
+def accelerator(run:Pretrain, folder:Path)->Accelerator:
+    "Devices, processes, precision and tracker"
+    half = run.precision == 'bf16' or run.precision == 'auto' and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    cpu = launched() and not torch.accelerator.is_available()  # accelerate would take each process for a run of its own
+    acc = Accelerator(cpu=cpu, mixed_precision='bf16' if half else 'no', log_with=run.tracker or None, project_dir=str(folder), kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    check(acc.num_processes == world_size(run) or not launched(), f'{world_size(run)} processes were launched, but on {acc.device} each would be alone')
+    return acc
+
+def on_main(acc, f):
+    "What `f` returns on the main process, for all; what it raises there, all raise"
+    out = [None, None]
+    if acc.is_main_process:
+        try: out[0] = f()
+        except Exception as e: out[1] = e
+    broadcast_object_list(out)
+    if out[1] is not None: raise out[1]
+    return out[0]
+
 class Trainer:
-    "One run: its parts, its state, and the loop"
-    def __init__(self, run:Pretrain, folder:Path):
+    "One run: its parts, its state, and its steps"
+    def __init__(self, run:Pretrain, folder:Path, acc:Accelerator|None=None, source=None): # source: other pictures and captions than `run.data`
         self.run, self.folder, self.environment = run, folder, environment()
-        self.source = make_source(run)
-        check_settings(folder, run, self.source.fingerprint)
-        half = run.precision == 'bf16' or run.precision == 'auto' and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        self.acc = Accelerator(mixed_precision='bf16' if half else 'no', log_with=run.tracker or None, project_dir=str(folder),
-                               kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+        self.source = make_source(run) if source is None else source
+        self.acc = acc or accelerator(run, folder)
+        on_main(self.acc, lambda: check_settings(folder, run, self.source.fingerprint))
         if run.tracker: self.acc.init_trackers('clipdino', asdict(run))
-        check(run.batch % self.acc.num_processes == 0, f'batch={run.batch} must be a multiple of the {self.acc.num_processes} processes')
+        ranks, dtype = self.acc.num_processes, torch.float64 if run.precision == 'fp64' else torch.float32
+        check(run.batch % ranks == 0, f'batch={run.batch} must be a multiple of the {ranks} processes')
         self.objective = make_objective(run).to(self.acc.device).train()
         self.params = [p for p in self.objective.parameters() if p.requires_grad]
         self.opt = torch.optim.AdamW(param_groups(self.objective), lr=run.lr, betas=(.9, run.beta2), eps=run.eps, fused=True)
-        state = load_state(folder, self.objective, self.opt)
-        self.step = state['step']
-        self.bad = Bad(folder/f'bad{self.acc.process_index or ""}.jsonl', run.max_bad, self.source, self.step, state['seen'])
-        self.metrics = Metrics(folder/'metrics.jsonl', upto=self.step or -1)  # a fresh start probes again before its first step
+        self.step = load_state(folder, self.objective, self.opt)
+        self.metrics = on_main(self.acc, lambda: Metrics(folder/'metrics.jsonl', upto=self.step or -1))  # a fresh start probes again before its first step
+        self.bad = on_main(self.acc, lambda: Bad(folder/'bad.jsonl', run.max_bad, self.source, self.step, self.step*run.batch)).of(self.acc.process_index)
+        self.failed = torch.full((3,), -1., dtype=torch.float64, device=self.acc.device)  # step, loss and gradient norm of the first step that was not finite
+        if use_compile(run, self.acc.device):
+            for tower in self.objective.towers: getattr(self.objective, tower).compile(dynamic=False)
         self.model = self.acc.prepare(self.objective)
-        if use_compile(run, self.acc.device): self.model = torch.compile(self.model, dynamic=False)
-        self.add_views = AddViews(view_groups(run), run.seed, MEAN, STD)
-        self.probe = make_probe(run)
+        self.add_views = AddViews(view_groups(run), run.seed, MEAN, STD, dtype)
+        self.probe = make_probe(run) if self.acc.is_main_process else None
+        self.watch = Watch(self.objective)
 
     @property
     def encoder(self)->nn.Module: return getattr(self.objective, self.objective.exported)
 
     def batches(self):
         "The run's batches from the current step on, on the device"
+        run, acc = self.run, self.acc
         tokenize = self.objective.text.tokenize if self.objective.captions else None
-        def move(v): return v.to(self.acc.device, non_blocking=True) if isinstance(v, torch.Tensor) else list(map(move, v)) if isinstance(v, list) else v
-        for b in loader(self.source, self.run.batch, self.run.seed, self.step, self.run.steps, self.acc.process_index, self.acc.num_processes, self.run.workers, tokenize,
-                        pin=self.acc.device.type == 'cuda', transform=self.add_views if self.run.augment == 'workers' else None):
+        def move(v): return v.to(acc.device, non_blocking=True) if isinstance(v, torch.Tensor) else list(map(move, v)) if isinstance(v, list) else v
+        for b in loader(self.source, run.batch, run.seed, self.step, run.steps, acc.process_index, acc.num_processes, run.workers, tokenize,
+                        pin=acc.device.type == 'cuda', transform=self.add_views if run.augment == 'workers' else None):
             self.bad.add(b['step'], b['bad'], len(b['ids']))
             b = {k: move(v) for k, v in b.items()}
             yield b if 'views' in b else self.add_views(b)
 
     def update(self, batch)->dict:
-        "One step: views, loss, gradient, update; the numbers worth logging"
+        "One step: loss, gradient, update; the numbers worth logging, of the whole batch. The device is never waited for"
         run, done = self.run, self.step/self.run.steps
         for g in self.opt.param_groups: g.update({k: v if k == 'lr' or g['decays'] else 0. for k, v in schedule(run, done).items()})
         self.objective.set_progress(done)
-        with self.acc.autocast(): out = self.model(batch['views'], batch.get('tokens'))
+        with self.acc.autocast(): out = self.model(batch['views'], batch.get('tokens'), mix(run.seed, batch['epochs'], batch['ids']))
         self.acc.backward(out['loss'])
         norm = clip_gradients(self.params, run.clip_grad, run.clip_per)
-        if not torch.isfinite(out['loss'] + norm): raise NonFinite(f'step {self.step}: loss {out["loss"].item()}, gradient norm {norm.item()}; sample ids {batch["ids"].tolist()[:8]}...')
+        values = torch.stack([v.detach().double() for v in out.values()])
+        if self.acc.num_processes > 1: values = self.acc.reduce(values, 'mean')
+        out = dict(zip(out, values), grad_norm=norm)
+        now = torch.stack([torch.full_like(values[0], self.step), out['loss'], norm.double()])
+        self.failed = torch.where((self.failed[0] < 0) & ~now.isfinite().all(), now, self.failed)
+        self.opt.found_inf = (self.failed[0] >= 0).float()  # the optimiser takes no step where this is 1, nor any later one
         self.objective.before_step()
         self.opt.step()
         self.opt.zero_grad()
         self.step += 1
-        self.objective.after_step(self.step/run.steps)
-        return dict(out, grad_norm=norm)
+        self.objective.after_step(self.step/run.steps, 1 - self.opt.found_inf)
+        return out
+
+    def stop_if_failed(self):
+        "Raise `NonFinite` if a step so far was not finite; weights, optimiser, teacher and centre are as before that step"
+        step, loss, norm = self.failed.tolist()
+        if step < 0: return
+        _, ids = Steps(self.source, self.run.batch, self.run.seed).order(torch.arange(self.run.batch) + int(step)*self.run.batch)
+        names = [getattr(self.source, 'key', str)(i) for i in ids[:8].tolist()]
+        raise NonFinite(f'step {int(step)}: loss {loss:g}, gradient norm {norm:g}; no weight was changed. Its batch: {", ".join(names)} ...')
+
+    def save(self):
+        "Write the state, once all that is in it is known to be finite, and the rows that belong to it are on the disk"
+        self.stop_if_failed()
+        if not self.acc.is_main_process: return
+        self.metrics.sync()
+        save_state(self.folder, self.objective, self.opt, self.step)
 
     def log(self, **values):
         "Add a row to the metrics, and to the tracker"
@@ -428,7 +501,7 @@ class Trainer:
 
     def evaluate(self)->dict:
         "The in-training probe"
-        if self.probe is None or not self.acc.is_main_process: return {}
+        if self.probe is None: return {}
         t = time.time()
         scores = self.probe(self.encoder, self.run.image_size)
         self.log(**scores, seconds=time.time() - t)
@@ -439,22 +512,36 @@ def last_scores(rows)->dict:
     "The latest probe accuracies in a run's metrics"
     return next(({k: v for k, v in r.items() if k.endswith(('_linear', '_knn'))} for r in reversed(rows) if 'seconds' in r), {})
 
+class Watch:
+    "Says once what is wrong with a training, when it has been so for `rows` rows of the metrics in the part after `start`"
+    def __init__(self, objective, rows:int=5, start:float=.1): self.objective, self.rows, self.start, self.row, self.said = objective, rows, start, 0, []
+    def __call__(self, values:dict, done:float):
+        trouble = self.objective.trouble(values) if done >= self.start else ''
+        self.row = self.row + 1 if trouble else 0
+        if self.row >= self.rows and trouble not in self.said:
+            self.said.append(trouble)
+            say(f'trouble at {done:.0%} of the run: {trouble}')
+
 def fit(t:Trainer)->dict:
     "Train to the end; the last probe accuracies"
     run, main = t.run, t.acc.is_main_process
     shown, every, save_every = Progress(run.steps, t.step), max(run.steps//200, 1), max(run.save_every//run.batch, 1)
     probe_at = {round(run.steps*i/max(run.probes, 1)) for i in range(run.probes + 1)}
-    scores = t.evaluate() if t.step == 0 else last_scores(t.metrics.rows())
-    clock = time.time()
-    for batch in t.batches():
+    scores = t.evaluate() if t.step == 0 else last_scores(t.metrics.rows()) if main else {}
+    batches, clock, waited, since = iter(t.batches()), time.time(), 0., t.step
+    while t.step < run.steps:
+        before = time.time()
+        batch = next(batches)
+        waited += time.time() - before
         out = t.update(batch)
         if t.step % every == 0 or t.step == run.steps:
-            values = {k: v.item() for k, v in out.items()}
-            t.log(**values, lr=schedule(run, t.step/run.steps)['lr'], images_per_s=every*run.batch/(time.time() - clock))
-            if main: shown(t.step, **values, **scores)
-            clock = time.time()
+            t.stop_if_failed()
+            values, seconds = {k: v.item() for k, v in out.items()}, time.time() - clock
+            t.log(**values, lr=schedule(run, t.step/run.steps)['lr'], images_per_s=(t.step - since)*run.batch/seconds, waited=waited/seconds)
+            if main: t.watch(values, t.step/run.steps), shown(t.step, **values, **scores)
+            clock, waited, since = time.time(), 0., t.step
         if t.step in probe_at: scores, clock = t.evaluate(), time.time()
-        if main and (t.step % save_every == 0 or t.step == run.steps): save_state(t.folder, t.objective, t.opt, t.step, t.bad.good)
+        if t.step % save_every == 0 or t.step == run.steps: t.save()
     return scores
 
 # %% ../nbs/02_pretrain.ipynb #c8c26a0c
@@ -479,7 +566,7 @@ def retrieval(trainer, source, batch:int=256)->dict:
     o, device, xs, ts = trainer.objective.eval(), trainer.acc.device, [], []
     for i in range(0, len(source), batch):
         images, hw, captions, _ = source.batch(np.arange(i, min(i + batch, len(source))))
-        xs.append(o.embed_image(centre(torch.from_numpy(images).to(device), torch.as_tensor(hw, device=device), trainer.run.image_size, MEAN, STD)))
+        xs.append(o.embed_image(centre(torch.from_numpy(images).to(device), torch.as_tensor(hw, device=device), trainer.run.image_size, MEAN, STD).to(o.proj.weight.dtype)))
         ts.append(o.embed_text(o.text.tokenize(captions).to(device)))
     sim = torch.cat(xs) @ torch.cat(ts).T
     out = dict(pairs=len(sim))
@@ -504,32 +591,95 @@ def final_scores(t:Trainer)->dict:
 def finish(t:Trainer, scores:dict, seconds:float)->dict: # last accuracies of the in-training probe
     "Export the encoder and write the result; last of all, so that a result means a complete run"
     run, folder = t.run, t.folder
+    bad = Bad(folder/'bad.jsonl', run.max_bad, t.source, run.steps, run.steps*run.batch).finish()  # of all processes
     export_encoder(t.encoder, run, folder)
     with whole(folder/'objective.safetensors') as tmp: save_file({k: v.contiguous() for k, v in t.objective.state_dict().items()}, tmp)
     rows = [r for r in t.metrics.rows() if 'loss' in r]
     result = dict(name=run.folder_name, objective=run.objective, preset=run.preset, seed=run.seed, samples=run.steps*run.batch, loss=rows[-1]['loss'],
-                  images_per_s=float(np.median([r['images_per_s'] for r in rows])), seconds_of_last_start=seconds, val=scores, **final_scores(t))
+                  images_per_s=float(np.median([r['images_per_s'] for r in rows])), waited=float(np.median([r['waited'] for r in rows])), seconds_of_last_start=seconds, trouble=t.watch.said,
+                  val=scores, **final_scores(t))
     if run.eval_data: result['retrieval'] = retrieval(t, Shards(run.eval_data, run.canvas))
-    result |= dict(data=dict(t.bad.finish(), fingerprint=t.source.fingerprint), environment=t.environment)
+    result |= dict(data=dict(bad, fingerprint=t.source.fingerprint), environment=dict(t.environment, processes=t.acc.num_processes))
     write_json(folder/'result.json', result)
     for old in folder.glob('state-*.safetensors'): old.unlink()
     return result
+
+def complete(folder:Path, run:Pretrain)->dict|None:
+    "The result of a run that is complete"
+    if not (folder/'result.json').exists(): return None
+    check_settings(folder, run, read_json(folder/'settings.json')['fingerprint'])
+    say(f'{folder.name} is complete; delete its folder to run it again')
+    return read_json(folder/'result.json')
+
+@contextmanager
+def only_one(folder:Path, acc:Accelerator):
+    "Keeps other runs out of the folder; refuses if one is there"
+    lock = FileLock(folder/'.lock', timeout=10)  # loader processes of a run that was killed hold it for some seconds
+    def enter():
+        try:
+            with writing(lock.lock_file): lock.acquire()
+        except Timeout: check(False, f'another process is running {folder.name}; wait for it, or give this run another name')
+        for left in folder.glob('.*.tmp'): left.unlink()  # of a process that was killed while it wrote
+    on_main(acc, enter)
+    try: yield
+    finally: lock.release()
+
+def train(run:Pretrain, folder:Path)->dict:
+    "Begin or continue a run, as one of its processes"
+    acc = accelerator(run, folder)
+    with only_one(folder, acc):
+        t, start = Trainer(run, folder, acc), time.time()
+        if t.step and acc.is_main_process: say(f'continuing {folder.name} from step {t.step} of {run.steps}')
+        scores = fit(t)
+        return on_main(acc, lambda: finish(t, scores, time.time() - start))
 
 def pretrain(run:Pretrain)->dict:
     "Begin, continue or look up a run; its result"
     check_inputs(run)
     folder = run_dir(run.folder_name)
+    if (result := complete(folder, run)) is not None: return result
+    if launched() or world_size(run) == 1: return train(run, folder)
+    return spawn(run, folder)
+
+# %% ../nbs/02_pretrain.ipynb #9a81b308
+def arguments(run:Pretrain)->list:
+    "The command-line options that give `run`"
+    base = asdict(settings(run.preset, run.objective))
+    return [a for k, v in asdict(run).items() if v != base[k] or k in ('preset', 'objective') for a in (f'--{k}', str(v))]
+
+def spawn(run:Pretrain, folder:Path)->dict:
+    "Have several processes on this machine train a run, and show what they print; the result"
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={world_size(run)}', '-m', 'clipdino.pretrain', *arguments(run)]
+    package = str(Path(inspect.getfile(Settings)).parent.parent)
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join([package, *filter(None, [os.environ.get('PYTHONPATH')])]))
+    tail = []
+    with subprocess.Popen(command, env=env, cwd=folder.parent.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as p:
+        try:
+            for line in p.stdout:
+                tail = [*tail[-50:], line.rstrip()]
+                if not line.startswith(('W', 'E', 'I', '[')) : say(line.rstrip())
+        except BaseException:  # interrupted: the processes go with the cell
+            p.terminate()
+            raise
+    said = [l.removeprefix(REFUSED) for l in tail if l.startswith(REFUSED)]
+    if said: raise RuntimeError(said[0])
+    if p.returncode: raise RuntimeError(f'a process of {folder.name} ended with code {p.returncode}:\n' + '\n'.join(tail[-15:]))
+    return read_json(folder/'result.json')
+
+REFUSED = 'clipdino stops: '
+
+def main(args=None):
+    "`python -m clipdino.pretrain --objective clip ...`, under accelerate launch or torchrun too: the settings are the options"
+    about = dict(re.findall(r'^    (\w+): \w+ = .*?  # (.+)$', ''.join(map(inspect.getsource, Pretrain.__mro__[:3])), re.M))
+    p = argparse.ArgumentParser('clipdino.pretrain', description='Pre-train an encoder. Settings that are not given have the value of the preset.', allow_abbrev=False)
+    def truth(v): return dict(true=True, false=False)[v.lower()]
+    for f in fields(Pretrain): p.add_argument(f'--{f.name}', type=truth if f.type is bool else f.type, help=about.get(f.name, '').replace('%', '%%'), metavar=f.type.__name__)
     try:
-        with FileLock(folder/'.lock', timeout=0):
-            for left in folder.glob('.*.tmp'): left.unlink()  # of a process that was killed while it wrote
-            if (folder/'result.json').exists():
-                check_settings(folder, run, read_json(folder/'settings.json')['fingerprint'])
-                say(f'{folder.name} is complete; delete its folder to run it again')
-                return read_json(folder/'result.json')
-            t, start = Trainer(run, folder), time.time()
-            if t.step: say(f'continuing {folder.name} from step {t.step} of {run.steps}')
-            return finish(t, fit(t), time.time() - start)
-    except Timeout: check(False, f'another process is running {folder.name}; wait for it, or give this run another name')
+        result = pretrain(settings(**{k: v for k, v in vars(p.parse_args(args)).items() if v is not None}))
+        if int(os.environ.get('RANK', 0)) == 0: say(json.dumps({k: result[k] for k in ('name', 'samples', 'loss', 'images_per_s', 'val')}))
+    except (SettingsError, BadData, NonFinite, CannotWrite) as e: sys.exit(REFUSED + str(e))
+
+if __name__ == '__main__' and '__file__' in globals(): main()  # as a program; in a notebook there is no file
 
 # %% ../nbs/02_pretrain.ipynb #6207ee85
 def collect(folders)->pd.DataFrame: # finished run folders
@@ -545,7 +695,7 @@ def collect(folders)->pd.DataFrame: # finished run folders
     return pd.DataFrame(rows)
 
 # %% ../nbs/02_pretrain.ipynb #fe423add
-_MACHINERY = 'objective', 'preset', 'seed', 'name', 'max_bad', 'workers', 'augment', 'precision', 'compile', 'probes', 'probe_data', 'eval_data', 'save_every', 'tracker'
+_MACHINERY = 'objective', 'preset', 'seed', 'name', 'max_bad', 'micro', 'processes', 'workers', 'augment', 'precision', 'compile', 'probes', 'probe_data', 'eval_data', 'save_every', 'tracker'
 
 def recipe(preset:str)->tuple: # -> settings that all objectives share, settings that differ ('-': has none); with sources for `paper`
     "What is the same for all objectives of a preset, and what differs"

@@ -55,7 +55,7 @@ def crop_boxes(u:torch.Tensor, # (..., 2*TRIES+2) uniform
                ratio:torch.Tensor, # (..., 2) limits of the aspect ratio
               )->torch.Tensor: # (..., 4) top, left, height, width, px
     "Boxes of torchvision's RandomResizedCrop"
-    h, w = hw.float().unbind(-1)
+    h, w = hw.to(u.dtype).unbind(-1)
     lo, hi = scale[..., :1], scale[..., 1:]
     area = (lo + (hi - lo)*u[..., :TRIES])*(h*w)[..., None]
     l0, l1 = ratio.log()[..., :1], ratio.log()[..., 1:]
@@ -100,7 +100,7 @@ def resample(images:torch.Tensor, # (B, C, C, 3) uint8 or float
              rows:torch.Tensor, cols:torch.Tensor, # (V, B, S, C)
             )->torch.Tensor: # (V, B, 3, S, S) in [0, 1]
     "Apply the matrices of both axes"
-    x = images.float().permute(0, 3, 1, 2)/255
+    x = images.to(rows.dtype).permute(0, 3, 1, 2)/255
     x = (cols[:, :, None] @ x.transpose(-1, -2)).clamp(0, 1)  # (V, B, 3, S, C); Pillow clips in between, too
     return (rows[:, :, None] @ x.transpose(-1, -2)).clamp(0, 1)
 
@@ -138,7 +138,7 @@ def colour_jitter(x:torch.Tensor, # (N, 3, H, W) in [0, 1]
         for turn in range(4):
             op = ops[:, turn]
             f = factors.gather(1, op[:, None])[:, 0]
-            here = ((op != 3) & ((hue_at < turn) == late)).float()
+            here = ((op != 3) & ((hue_at < turn) == late)).to(f.dtype)
             f = here*f + (1 - here)  # a factor of one does nothing
             one = lambda k: ((op == k)*(1 - f))[:, None, None, None]
             g = grey(x)
@@ -210,21 +210,21 @@ class Views:
 
 # %% ../nbs/01_views.ipynb #8f5befc5
 def make_views(groups, # lists of `View`s; the views of a group have one size
-               images, hw, seed:int, epochs, ids, mean, std)->list: # one (V*B, 3, S, S) tensor per group
+               images, hw, seed:int, epochs, ids, mean, std, dtype=torch.float32)->list: # one (V*B, 3, S, S) tensor per group
     "All views of a batch, group by group"
     out, first = [], 0
     for views in groups:
-        u = draws(seed, epochs, ids, torch.arange(first, first + len(views), device=ids.device))
+        u = draws(seed, epochs, ids, torch.arange(first, first + len(views), device=ids.device)).to(dtype)
         out.append(Views(views, mean, std)(images, hw, u))
         first += len(views)
     return out
 
 class AddViews:
     "Puts the views of a batch in the place of its pictures; on the device, or in a loader's process"
-    def __init__(self, groups, seed:int, mean, std): self.groups, self.seed, self.mean, self.std = groups, seed, mean, std
+    def __init__(self, groups, seed:int, mean, std, dtype=torch.float32): self.groups, self.seed, self.mean, self.std, self.dtype = groups, seed, mean, std, dtype
     @torch.no_grad()
     def __call__(self, batch:dict)->dict: # with images, hw, epochs, ids
-        views = make_views(self.groups, batch['images'], batch['hw'], self.seed, batch['epochs'], batch['ids'], self.mean, self.std)
+        views = make_views(self.groups, batch['images'], batch['hw'], self.seed, batch['epochs'], batch['ids'], self.mean, self.std, self.dtype)
         return {k: v for k, v in batch.items() if k not in ('images', 'hw')} | dict(views=views)
 
 def centre(images:torch.Tensor, hw:torch.Tensor, size:int, mean, std, filter:str='bicubic')->torch.Tensor: # (B, 3, size, size)

@@ -1,0 +1,126 @@
+"A batch in parts, or over several processes, gives the gradients of the batch in one piece."
+import json, os, re, subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from processes import group
+
+from clipdino.core import SettingsError, mix
+from clipdino.pretrain import OBJECTIVES, Trainer, arguments, check_inputs, main, pretrain, settings, state_tensors
+
+root = Path(__file__).parent.parent
+DINOS = dict(dino={}, dino_norm=dict(head_norm=True), dino_no_locals=dict(local_crops=0, freeze_last=0.))
+CASES = {o: {} for o in OBJECTIVES if o != 'dino'} | DINOS
+
+def exact(case, **given):
+    "In double precision; `eps` keeps AdamW from making much of gradients that are zero up to rounding, as of the biases of attention keys"
+    return settings('smoke', case.split('_')[0], **{'name': 'x', 'probes': 0, 'batch': 12, 'samples': 120, 'precision': 'fp64', 'drop_path': .3, 'eps': 1e-4, **CASES[case], **given})
+
+def three_steps(run, folder):
+    "Loss of three steps, gradient of the first, and the state after them"
+    Path(folder).mkdir(exist_ok=True)
+    t, losses, grads = Trainer(run, Path(folder)), [], {}
+    for _, batch in zip(range(3), t.batches()):
+        if not grads:
+            step = t.opt.step
+            def record(): grads.update({k: p.grad.clone() for k, p in t.objective.named_parameters() if p.grad is not None}), step()
+            t.opt.step = record
+        losses.append({k: v.item() for k, v in t.update(batch).items()})
+        t.opt.step = step
+    return losses, {k: v.numpy() for k, v in grads.items()}, {k: v.numpy() for k, v in state_tensors(t.objective, t.opt).items()}
+
+def same(a, b, but=()):
+    "Losses, gradients and states agree; in the states, rounding has grown over three steps"
+    for x, y in zip(a[0], b[0]): assert {k: v for k, v in x.items() if k not in but} == pytest.approx({k: v for k, v in y.items() if k not in but}, rel=1e-9)
+    for x, y, tol in zip(a[1:], b[1:], (1e-11, 1e-8)):
+        assert x.keys() == y.keys()
+        for k in x: assert abs(x[k] - y[k]).max() <= (1e-8 if 'pos_embed' in k else tol)*max(abs(x[k]).max(), 1e-4), k  # timm resizes position embeddings in single precision
+
+@pytest.mark.parametrize('case', CASES)
+def test_a_batch_in_parts_is_the_whole_batch(tmp_path, case):
+    "Also where the parts are of unequal size; for the temperature and bias, the teacher and the centre; with drop path"
+    whole = three_steps(exact(case), tmp_path/'whole')
+    assert {'log_scale', 'bias'} & whole[1].keys() or case in DINOS
+    same(whole, three_steps(exact(case, micro=5), tmp_path/'parts'))
+
+@pytest.mark.parametrize('n', [2, 3])
+@pytest.mark.parametrize('case', CASES)
+def test_several_processes_are_one(tmp_path, case, n):
+    "(What DINO's targets say of the picture is measured within a process, and is only logged)"
+    if n == 3 and case in ('clip-lm', 'dino_no_locals'): pytest.skip('two processes are enough')
+    same(three_steps(exact(case), tmp_path/'one'), group(n, three_steps, exact(case, micro=3 if n == 2 else 0), tmp_path/'several'), but=('information',))
+
+@pytest.mark.parametrize('case', ['clip', 'dino'])
+def test_parts_save_memory(tmp_path, case):
+    "What is kept for the backward pass"
+    def kept(micro):
+        t, size = Trainer(exact(case, micro=micro, prototypes=2048), tmp_path), {}
+        b = next(iter(t.batches()))
+        def pack(x):
+            size[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x): t.model(b['views'], b.get('tokens'), b['ids'])
+        return sum(size.values()) - sum(p.untyped_storage().nbytes() for p in t.objective.parameters())
+    assert kept(1) < .3*kept(0)
+
+def test_drop_path_drops_and_depends_on_the_sample_alone():
+    from clipdino.objectives import encode, make_encoder
+    encoder, x = make_encoder('clipdino_vit_smoke', 32, 0, drop_path=.5).train(), torch.rand(1, 3, 32, 32).repeat(64, 1, 1, 1)
+    keys = mix(torch.arange(64))
+    y = encode(encoder, x, keys)
+    assert len(y.unique(dim=0)) == 4  # two branches of the last block, there or not
+    torch.testing.assert_close(encode(encoder, x[:9], keys[9:18]), y[9:18])
+    assert len(encoder.eval()(x).unique(dim=0)) == 1
+
+def trained(folder, n):
+    "A run as a notebook starts it: several processes with torchrun"
+    os.chdir(folder)
+    return pretrain(settings('smoke', 'siglip', name='x', processes=n))
+
+def test_a_notebook_starts_processes(tmp_path, monkeypatch):
+    results = []
+    monkeypatch.delenv('IN_TEST', raising=False)
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    for n in 1, 2:
+        (tmp_path/f'{n}').mkdir()
+        (tmp_path/f'{n}/settings.ini').touch()
+        monkeypatch.chdir(tmp_path/f'{n}')
+        results.append(pretrain(settings('smoke', 'siglip', name='x', processes=n)))
+    one, two = results
+    assert two['environment']['processes'] == 2 and two['loss'] == pytest.approx(one['loss'], rel=1e-5)
+    assert sorted(p.name for p in Path('runs/x').iterdir()) == ['.lock', 'bad.jsonl', 'config.json', 'metrics.jsonl', 'model.safetensors', 'objective.safetensors', 'result.json', 'settings.json']
+    with pytest.raises(SettingsError, match='seed was 0 and is now 1'): pretrain(settings('smoke', 'siglip', name='x', processes=2, seed=1))
+    Path('runs/y').mkdir()
+    Path('runs/y/settings.json').write_text(json.dumps(dict(json.loads(Path('runs/x/settings.json').read_text()), lr=9.)))
+    with pytest.raises(RuntimeError, match='y was begun with other settings: .*lr was 9.0 and is now 0.001'): pretrain(settings('smoke', 'siglip', name='y', processes=2))
+
+def test_a_batch_that_processes_can_not_share_is_refused():
+    with pytest.raises(SettingsError, match='batch=16 must be a multiple of the 3 processes'): check_inputs(settings('smoke', processes=3))
+
+def test_options_give_the_settings(monkeypatch, capsys):
+    run, seen = settings('smoke', 'dino', lr=3e-4, head_norm=True, name='o', workers=2), []
+    monkeypatch.setattr('clipdino.pretrain.pretrain', lambda r: seen.append(r) or dict.fromkeys(('name', 'samples', 'loss', 'images_per_s', 'val')))
+    main(arguments(run))
+    assert seen == [run]
+    with pytest.raises(SystemExit): main(['--objectiv', 'clip'])
+    assert 'objectiv' in capsys.readouterr().err
+    with pytest.raises(SystemExit, match='objective=.mae. is not one of'): main(['--objective', 'mae'])
+
+def test_the_slurm_example_is_sound():
+    "bash reads it, accelerate knows its options, and we know ours"
+    from accelerate.commands.launch import launch_command_parser
+    page = '\n'.join(''.join(c['source']) for c in json.loads((root/'nbs/02_pretrain.ipynb').read_text())['cells'])
+    script, = re.findall(r'```bash\n(.+?)```', page, re.S)
+    assert subprocess.run(['bash', '-n'], input=script, text=True, capture_output=True).stderr == ''
+    fake = 'srun() { shift; "$@"; }; scontrol() { echo node0; echo node1; }; accelerate() { printf "%s\\n" "$@"; }; export -f accelerate\n'
+    env = dict(os.environ, SLURM_NNODES='4', SLURM_NODEID='2', SLURM_JOB_NODELIST='node[0-3]', DATA='s/{0..3}.tar')
+    said = subprocess.run(['bash'], input=fake + script, text=True, capture_output=True, env=env)
+    words = said.stdout.split('\n')[:-1]
+    assert words[0] == 'launch' and said.stderr == '', said.stderr
+    a = launch_command_parser().parse_args(words[1:])
+    assert (a.module, a.training_script, a.num_processes, a.num_machines, a.machine_rank, a.main_process_ip) == (True, 'clipdino.pretrain', 32, 4, 2, 'node0')
+    options = dict(zip(*[iter(a.training_script_args)]*2))
+    given = {k.removeprefix('--'): v for k, v in options.items()}
+    assert settings(**dict(given, workers=int(given['workers']))).data == 's/{0..3}.tar'
