@@ -9,7 +9,7 @@ __all__ = ['IMAGE', 'TXT', 'JSON', 'CLS', 'EXTENSIONS', 'FAULTS', 'CUT', 'FORMAT
            'Labelled', 'balanced', 'labelled']
 
 # %% ../nbs/01_data.ipynb #20657f65
-import io, json, os, re, tarfile, time
+import io, json, os, re, sys, tarfile, time
 from collections import Counter
 from copy import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -374,7 +374,8 @@ def loader(source, # see the top of this page
           )->DataLoader: # of dicts: step, images (b, S, S, 3), hw (b, 2), ids (b,), epochs (b,), captions, bad, tokens
     "The batches of steps `start` to `steps`, for one rank"
     return DataLoader(Steps(source, batch, seed, rank, ranks, tokenize, group, transform), batch_size=None, sampler=range(start, steps), num_workers=workers,
-                      collate_fn=_same, pin_memory=pin, prefetch_factor=prefetch if workers else None)
+                      collate_fn=_same, pin_memory=pin, prefetch_factor=prefetch if workers else None,
+                      multiprocessing_context='fork' if workers and sys.platform == 'linux' else None)  # other ways import everything again
 
 # %% ../nbs/01_data.ipynb #e5bd0ab6
 class Bad:

@@ -619,7 +619,7 @@ def only_one(folder:Path, acc:Accelerator):
         try:
             with writing(lock.lock_file): lock.acquire()
         except Timeout: check(False, f'another process is running {folder.name}; wait for it, or give this run another name')
-        for left in folder.glob('.*.tmp'): left.unlink()  # of a process that was killed while it wrote
+        for left in (*folder.glob('.*.tmp'), *folder.glob('.tmp*')): left.unlink()  # ours and safetensors', of a process that was killed while it wrote
     on_main(acc, enter)
     try: yield
     finally: lock.release()

@@ -1,11 +1,9 @@
 "Runs as a user starts them: papermill on the pre-training notebook."
-import json, os, shutil, subprocess, tarfile
-from io import BytesIO
+import json, os, shutil, subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from helpers import shard
 
 root = Path(__file__).parent.parent
 
@@ -44,18 +42,6 @@ def test_bad_settings_stop_the_run(here, name, value, message):
     done = papermill(here, '-p', name, value)
     assert done.returncode != 0 and message in done.stderr
     assert list((here/'runs').glob('*/')) == []
-
-def shard(path, start, n, broken=()):
-    with tarfile.open(path, 'w') as t:
-        def add(name, data):
-            m = tarfile.TarInfo(name)
-            m.size = len(data)
-            t.addfile(m, BytesIO(data))
-        for i in range(start, start + n):
-            b = BytesIO()
-            Image.fromarray(np.random.default_rng(i).integers(0, 255, (40, 56, 3), dtype=np.uint8)).save(b, 'jpeg')
-            add(f'{i:06d}.jpg', b.getvalue()[:50] if i in broken else b.getvalue())
-            add(f'{i:06d}.txt', f'noise number {i}'.encode())
 
 def test_shards_with_broken_samples(here):
     for k in range(3): shard(here/f'{k}.tar', 50*k, 50, broken=(7, 60))

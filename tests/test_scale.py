@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import group
+from helpers import group
 
 from clipdino.core import SettingsError, mix
 from clipdino.pretrain import OBJECTIVES, Trainer, arguments, check_inputs, main, pretrain, settings, state_tensors
