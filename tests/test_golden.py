@@ -22,10 +22,10 @@ def machine():
     return f'{cpu}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}'
 
 def curve(objective, folder):
-    "Loss and gradient norm of each step"
+    "Loss and gradient norm of each step; local crops as large as global ones, since timm resizes position embeddings in single precision"
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    t = Trainer(settings('smoke', objective, name='golden', probes=0, samples=400, batch=8, precision='fp64', drop_path=.2, save_every=400), folder, source=Noise())
+    t = Trainer(settings('smoke', objective, name='golden', probes=0, samples=400, batch=8, precision='fp64', drop_path=.2, save_every=400, local_size=32), folder, source=Noise())
     fit(t)
     return [[r['loss'], r['grad_norm']] for r in t.metrics.rows()]
 
