@@ -1,0 +1,94 @@
+"What goes wrong around a run is counted, said in one sentence, and costs nothing that was done."
+import json, os, resource
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from helpers import shard, start
+
+from clipdino.core import CannotWrite, Metrics, SettingsError
+from clipdino.data import BadData
+from clipdino.pretrain import Trainer, fit, pretrain, settings
+
+@pytest.fixture
+def top(tmp_path, monkeypatch):
+    "A folder that looks like the repository's top"
+    (tmp_path/'settings.ini').touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv('IN_TEST', raising=False)
+    return tmp_path
+
+def smoke(objective='clip', **given): return settings('smoke', objective, **{'name': 'x', 'probes': 0, **given})
+
+@pytest.mark.parametrize('share', [.01, .1])
+def test_bad_samples_are_counted_replaced_and_listed(top, share):
+    "As often as they come up, which is the same for any number of loader processes"
+    broken = range(0, 300, round(1/share))
+    shard(top/'0.tar', 0, 300, broken)
+    made = []
+    for workers in 0, 2:
+        r = pretrain(smoke(name=f'w{workers}', data='0.tar', samples=600, workers=workers, max_bad=.2))
+        rows = [json.loads(l) for l in Path(f'runs/w{workers}/bad.jsonl').read_text().splitlines()]
+        made.append((r['data'], r['loss'], rows, Path(f'runs/w{workers}/model.safetensors').read_bytes()))
+    assert made[0] == made[1]
+    data, _, rows, _ = made[0]
+    assert data['bad'] == {'undecodable image': len(rows)} and data['seen'] == 592 + len(rows)
+    assert {r['key'] for r in rows} == {f'0.tar/{i:06d}' for i in broken}  # two epochs have met each of them
+    assert 2*len(broken) - 3 <= len(rows) <= 2.5*len(broken) + 2  # once an epoch, and now and then as a replacement
+
+@pytest.mark.parametrize('share,message', [(.1, r'max_bad=0.05 allows 5.0%\), mostly: undecodable image; bad.jsonl lists them'), (1., 'and the 16 that could replace it are all bad, mostly: undecodable image')])
+def test_too_many_bad_samples_stop_the_run(top, share, message):
+    shard(top/'0.tar', 0, 300, range(0, 300, round(1/share)))
+    with pytest.raises(BadData, match=message): pretrain(smoke(data='0.tar', samples=300))
+    assert not Path('runs/x/result.json').exists()
+
+def test_changed_data_are_refused(top):
+    "The same names and counts, other bytes"
+    shard(top/'0.tar', 0, 60)
+    pretrain(smoke(data='0.tar'))
+    shard(top/'0.tar', 60, 60)
+    with pytest.raises(SettingsError, match='begun with other settings: fingerprint was'):
+        (top/'runs/x/result.json').unlink()
+        pretrain(smoke(data='0.tar'))
+
+def limited(folder, size, out):
+    "A run in a process whose files may not grow beyond `size` bytes"
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    if size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    try: pretrain(smoke('dino', save_every=16, samples=128))
+    except CannotWrite as e: out.put(str(e))
+
+def test_a_full_disk_loses_nothing(top):
+    "Files that may not grow stand for it: the state can't be written, what is there stays, and the next start goes on from it"
+    from helpers import context
+    out = context.Queue()
+    (top/'straight').mkdir(), (top/'straight/settings.ini').touch()
+    start(limited, top/'straight', 0, out).join()
+    start(limited, top, 20_000, out).join()
+    assert 'state-000000001.safetensors can not be written: File too large. Nothing was lost; make room and give the same command again' in out.get(timeout=5)
+    assert sorted(p.name for p in (top/'runs/x').iterdir()) == ['.lock', 'bad.jsonl', 'metrics.jsonl', 'settings.json']
+    start(limited, top, 0, out).join()
+    assert (top/'runs/x/model.safetensors').read_bytes() == (top/'straight/runs/x/model.safetensors').read_bytes()
+    assert [r['step'] for r in Metrics.read('runs/x/metrics.jsonl')] == list(range(1, 9))
+
+@pytest.mark.skipif(os.geteuid() == 0, reason='root may write anywhere')
+def test_a_folder_that_is_read_only(top):
+    (top/'runs').mkdir(mode=0o500)
+    with pytest.raises(CannotWrite, match='runs/x can not be written: Permission denied. Nothing was lost; make it writable'): pretrain(smoke())
+
+def test_a_second_process_is_refused(top):
+    (top/'runs/x').mkdir(parents=True)
+    with FileLock(top/'runs/x/.lock'), pytest.raises(SettingsError, match='another process is running x'): pretrain(smoke())
+
+def test_collapse_is_said(tmp_path, capsys):
+    "Uniform targets, one prototype for all, and a training that is well"
+    for k, (given, centre, message) in enumerate(((dict(teacher_temp=50., warmup_teacher_temp=50.), 0., 'the targets are uniform and the loss stands at ln(32) = 3.47'),
+                                                 (dict(centre_momentum=1.), -100., 'all pictures go to one prototype'), ({}, 0., ''))):
+        (tmp_path/f'{k}').mkdir()
+        t = Trainer(smoke('dino', samples=320, save_every=1000, **given), tmp_path/f'{k}')
+        t.objective.centre[0] = centre
+        fit(t)
+        assert [s[:len(message)] for s in t.watch.said] == [message]*bool(message)
+        assert capsys.readouterr().out.count('trouble at') == bool(message)
