@@ -183,7 +183,7 @@ def uniform(*keys)->torch.Tensor:
 
 def generator(*keys:int)->torch.Generator:
     "A torch generator seeded by `keys`, for what needs a stream"
-    return torch.Generator().manual_seed(int(_shr(mix(*keys), 1)))
+    with torch.device('cpu'): return torch.Generator().manual_seed(int(_shr(mix(*keys), 1)))  # also where models are made without weights
 
 def np_rng(*keys:int)->np.random.Generator:
     "A numpy generator seeded by `keys`"

@@ -238,6 +238,17 @@ def survey(paths:list, caption_key:str)->tuple: # -> stamps, digests of the indi
 TRIES = 16  # replacements of one sample before giving up
 _REPLACE, _ORDER = 11, 12  # keep these hashes apart from others of the same keys
 
+class _Here:
+    "A pool of no threads"
+    map = staticmethod(map)
+
+@lru_cache
+def _pool(pid:int, n:int): return ThreadPoolExecutor(n) if n > 1 else _Here
+
+def _threads():
+    "As many threads as torch has here: one in a loader's process, where other processes have the other cores"
+    return _pool(os.getpid(), torch.get_num_threads())  # a fork has none of its parent's threads
+
 class Shards:
     "Source of the image-text pairs in the WebDataset shards that `spec` names"
     def __init__(self,
@@ -269,22 +280,23 @@ class Shards:
         caption = caption_of(shard.read(row, 1), key)
         return decode(shard.read(row, 0), self.canvas, self.slack), caption
 
-    def read_or_replace(self, i:int, bad:list)->tuple:
-        "Sample `i`, or the first good one of those that stand in for it; adds to `bad` what was broken"
+    def read_or_replace(self, i:int)->tuple: # -> picture, caption, what was bad
+        "Sample `i`, or the first good one of those that stand in for it"
+        bad = []
         for t in range(TRIES + 1):
             k = int(mix(_REPLACE, i, t)) % len(self) if t else i
-            try: return self.read(k)
+            try: return *self.read(k), bad
             except BadSample as e: bad.append((self.key(k), str(e)))
         raise BadData(f'sample {bad[-TRIES - 1][0]} and the {TRIES} that could replace it are all bad, mostly: {Counter(r for _, r in bad).most_common(1)[0][0]}')
 
     def batch(self, ids)->tuple: # -> (B, S, S, 3) uint8 canvases, (B, 2) int32 heights and widths, captions, bad
         "The samples `ids`"
         images = np.zeros((len(ids), self.canvas, self.canvas, 3), np.uint8)
-        hw, captions, bad = np.zeros((len(ids), 2), np.int32), ['']*len(ids), []
-        for j in np.argsort(ids, kind='stable'):  # as they lie on disk
-            im, captions[j] = self.read_or_replace(int(ids[j]), bad)
+        hw, captions, bad, order = np.zeros((len(ids), 2), np.int32), ['']*len(ids), [], np.argsort(ids, kind='stable')  # as they lie on disk
+        for j, (im, captions[j], broken) in zip(order, _threads().map(self.read_or_replace, ids[order].tolist())):
             hw[j] = im.shape[:2]
             images[j, :hw[j, 0], :hw[j, 1]] = im
+            bad += broken
         return images, hw, captions, bad
 
     def unusable(self):

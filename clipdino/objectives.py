@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'default_cfgs', 'CLIP_VOCAB', 'BYTE_TOKENS', 'ConvStem', 'clipdino_vit_smoke', 'clipdino_vit_mini',
-           'DropPath', 'encode', 'make_encoder', 'patch_of', 'clip_tokenizer', 'trim', 'ShortText', 'text_heads',
-           'TextTower', 'text_folder', 'layers_of', 'text_config', 'PretrainedText', 'full', 'alone', 'gather', 'rank',
-           'clip_loss', 'siglip_loss', 'in_parts', 'Objective', 'Contrastive', 'dino_loss', 'GlobalBatchNorm',
-           'DINOHead', 'cosine', 'DINO']
+           'DropPath', 'encode', 'LastBlock', 'make_encoder', 'patch_of', 'clip_tokenizer', 'trim', 'ShortText',
+           'text_heads', 'TextTower', 'text_folder', 'layers_of', 'text_config', 'PretrainedText', 'full', 'alone',
+           'gather', 'rank', 'clip_loss', 'siglip_loss', 'in_parts', 'Objective', 'Contrastive', 'dino_loss',
+           'GlobalBatchNorm', 'DINOHead', 'cosine', 'DINO']
 
 # %% ../nbs/01_objectives.ipynb #935fa519
 import copy, gzip, math, tempfile
@@ -22,7 +22,7 @@ from open_clip.tokenizer import SimpleTokenizer, default_bpe
 from open_clip.transformer import TextTransformer
 from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, register_model
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -74,7 +74,7 @@ def clipdino_vit_mini(pretrained=False, **kw):
     "Width 128, four heads, convolutional stem: for a laptop"
     return _vit('clipdino_vit_mini', pretrained, kw, img_size=32, patch_size=8, embed_dim=128, depth=3, num_heads=4, embed_layer=ConvStem)
 
-# %% ../nbs/01_objectives.ipynb #490b5f7a
+# %% ../nbs/01_objectives.ipynb #43e3072f
 class DropPath(nn.Module):
     "Stochastic depth (Huang et al., 2016) whose masks are functions of `keys`, one for each row, and not of a stream"
     def __init__(self, p:float, site:int): # probability of dropping a residual branch; which branch of the encoder it is
@@ -91,6 +91,20 @@ def encode(encoder:nn.Module, x, keys)->torch.Tensor: # (N, 3, S, S), (N,) -> (N
         if isinstance(m, DropPath): m.keys = keys
     return encoder(x)
 
+class LastBlock(Block):
+    "timm's block for the class token alone: what it makes of other tokens, no loss ever sees"
+    def forward(self, x, **unused): # (N, L, D) -> (N, 1, D)
+        a, h = self.attn, self.norm1(x)
+        d = a.num_heads*a.head_dim
+        def heads(y): return y.unflatten(-1, (a.num_heads, a.head_dim)).transpose(1, 2)
+        w, b = a.qkv.weight, a.qkv.bias
+        q = F.linear(h[:, :1], w[:d], None if b is None else b[:d])
+        k, v = F.linear(h, w[d:], None if b is None else b[d:]).chunk(2, -1)
+        y = F.scaled_dot_product_attention(a.q_norm(heads(q)), a.k_norm(heads(k)), heads(v)).transpose(1, 2).flatten(2)
+        x = x[:, :1] + self.drop_path1(self.ls1(a.proj(getattr(a, 'norm', nn.Identity())(y))))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+# %% ../nbs/01_objectives.ipynb #490b5f7a
 def make_encoder(arch:str, # a timm ViT
                  image_size:int, # px
                  seed:int, drop_path:float=0.)->nn.Module: # of the last block, rising linearly from 0 at the first
@@ -100,6 +114,8 @@ def make_encoder(arch:str, # a timm ViT
         encoder = timm.create_model(arch, num_classes=0, img_size=image_size, dynamic_img_size=True)
     for i, b in enumerate(encoder.blocks if drop_path else ()):
         if i: b.drop_path1, b.drop_path2 = (DropPath(drop_path*i/(len(encoder.blocks) - 1), 2*i + k) for k in (0, 1))
+    last = encoder.blocks[-1]
+    if encoder.global_pool == 'token' and type(last) is Block and type(last.attn) is Attention and getattr(last.attn, 'gate', None) is None: last.__class__ = LastBlock
     return encoder
 
 def patch_of(arch:str)->int:
@@ -128,10 +144,16 @@ def trim(tokens:torch.Tensor, # (B, L)
 
 # %% ../nbs/01_objectives.ipynb #9bc7a7b3
 class ShortText(TextTransformer):
-    "open_clip's text transformer, for captions padded to any length up to its context"
-    def _embeds(self, text):
-        x, mask = super()._embeds(text)
-        return x, mask[..., :text.shape[1], :text.shape[1]]
+    "open_clip's text transformer, for captions padded to any length up to its context; its last block is made for the end mark alone, where the feature is read"
+    def forward(self, text): # (B, L) -> (B, output_dim)
+        x, mask = self._embeds(text)
+        *blocks, last = self.transformer.resblocks
+        for b in blocks: x = b(x, attn_mask=mask[..., :text.shape[1], :text.shape[1]])
+        row, end = torch.arange(len(text), device=text.device), text.argmax(1)  # the end mark is the last of the vocabulary
+        h, later = last.ln_1(x), torch.arange(text.shape[1], device=text.device) > end[:, None]
+        y = x[row, end] + last.ls_1(last.attn(h[row, end][:, None], h, h, key_padding_mask=later, need_weights=False)[0][:, 0])
+        y = y + last.ls_2(last.mlp(last.ln_2(y)))
+        return self.ln_final(y) @ self.text_projection
 
 def text_heads(width:int)->int: return width//64 if width >= 128 else 2  # of CLIP's text transformer: 64 wide
 
@@ -172,7 +194,8 @@ class PretrainedText(nn.Module):
         super().__init__()
         config, folder = text_config(name, unlocked), text_folder(name)
         disable_progress_bar()  # a bar for a hundred tensors would only fill the notebook
-        self.tokenizer, self.lm = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, config=config, dtype=torch.float32)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.lm = AutoModel.from_config(config) if torch.get_default_device().type == 'meta' else AutoModel.from_pretrained(folder, config=config, dtype=torch.float32)
         if self.tokenizer.pad_token is None: self.tokenizer.pad_token = self.tokenizer.eos_token
         if getattr(self.lm, 'pooler', None) is not None: self.lm.pooler = None
         self.context, self.proj = context, nn.Linear(config.hidden_size, dim, bias=False)
@@ -192,7 +215,7 @@ class PretrainedText(nn.Module):
 
     def forward(self, tokens):
         ids, mask = tokens.unbind(1)
-        h = self.lm(input_ids=ids, attention_mask=mask).last_hidden_state
+        h = self.lm(input_ids=ids, attention_mask=None if mask.is_meta else mask).last_hidden_state
         return self.proj((h*mask[..., None]).sum(1)/mask.sum(1, keepdim=True))
 
 # %% ../nbs/01_objectives.ipynb #dd0cf8e4

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'SMOKE', 'MINI', 'SMALL', 'PAPER', 'VIEW_SETTINGS', 'DINO_VIEWS', 'BY_OBJECTIVE', 'SOURCES', 'FREE',
-           'ROUNDING', 'REFUSED', 'LOOKS', 'TextSettings', 'DINOSettings', 'Pretrain', 'validate', 'launched',
+           'ROUNDING', 'GPUS', 'REFUSED', 'LOOKS', 'TextSettings', 'DINOSettings', 'Pretrain', 'validate', 'launched',
            'world_size', 'check_inputs', 'settings', 'make_objective', 'dtype_of', 'view_groups', 'make_source',
            'param_groups', 'schedule', 'features', 'linear_probe', 'knn', 'world_tasks', 'labelled_task', 'Probe',
            'state_tensors', 'tensors_digest', 'save_state', 'load_state', 'use_compile', 'clip_gradients', 'NonFinite',
-           'check_settings', 'make_probe', 'accelerator', 'on_main', 'Trainer', 'last_scores', 'Watch', 'fit',
-           'export_encoder', 'open_encoder', 'retrieval', 'final_scores', 'finish', 'complete', 'only_one', 'train',
-           'pretrain', 'arguments', 'spawn', 'main', 'collect', 'recipe', 'show_samples', 'show_views', 'show_curves',
-           'show_learning']
+           'check_settings', 'make_probe', 'accelerator', 'on_main', 'Trainer', 'last_scores', 'Watch', 'fit', 'cost',
+           'Blank', 'seconds_per_image', 'costs', 'ahead', 'export_encoder', 'open_encoder', 'retrieval',
+           'final_scores', 'finish', 'complete', 'only_one', 'train', 'pretrain', 'arguments', 'spawn', 'main',
+           'collect', 'recipe', 'show_samples', 'show_views', 'show_curves', 'show_learning']
 
 # %% ../nbs/02_pretrain.ipynb #568ea07d
 import argparse, errno, hashlib, inspect, json, math, os, re, shutil, subprocess, sys, tempfile, textwrap, time
@@ -35,6 +35,7 @@ from scipy.stats import binomtest
 from timm.models._hub import save_for_hf
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from .core import (CannotWrite, Metrics, PRESETS, Progress, Settings, SettingsError, check, digest, environment, generator, in_test, injected, one_of,
                            mix, read_json, run_dir, say, whole, write_json, writing)
@@ -446,24 +447,29 @@ class Trainer:
     @property
     def encoder(self)->nn.Module: return getattr(self.objective, self.objective.exported)
 
-    def batches(self):
+    def batches(self, listed:bool=True): # whether bad samples are counted and listed
         "The run's batches from the current step on, on the device"
         run, acc = self.run, self.acc
         tokenize = self.objective.text.tokenize if self.objective.captions else None
         def move(v): return v.to(acc.device, non_blocking=True) if isinstance(v, torch.Tensor) else list(map(move, v)) if isinstance(v, list) else v
         for b in loader(self.source, run.batch, run.seed, self.step, run.steps, acc.process_index, acc.num_processes, run.workers, tokenize,
                         pin=acc.device.type == 'cuda', transform=self.add_views if run.augment == 'workers' else None):
-            self.bad.add(b['step'], b['bad'], len(b['ids']))
+            if listed: self.bad.add(b['step'], b['bad'], len(b['ids']))
             b = {k: move(v) for k, v in b.items()}
             yield b if 'views' in b else self.add_views(b)
 
+    def gradients(self, batch)->dict:
+        "What the objective says of a batch, with gradients"
+        self.objective.set_progress(self.step/self.run.steps)
+        with self.acc.autocast(): out = self.model(batch['views'], batch.get('tokens'), mix(self.run.seed, batch['epochs'], batch['ids']))
+        self.acc.backward(out['loss'])
+        return out
+
     def update(self, batch)->dict:
         "One step: loss, gradient, update; the numbers worth logging, of the whole batch. The device is never waited for"
-        run, done = self.run, self.step/self.run.steps
-        for g in self.opt.param_groups: g.update({k: v if k == 'lr' or g['decays'] else 0. for k, v in schedule(run, done).items()})
-        self.objective.set_progress(done)
-        with self.acc.autocast(): out = self.model(batch['views'], batch.get('tokens'), mix(run.seed, batch['epochs'], batch['ids']))
-        self.acc.backward(out['loss'])
+        run = self.run
+        for g in self.opt.param_groups: g.update({k: v if k == 'lr' or g['decays'] else 0. for k, v in schedule(run, self.step/run.steps).items()})
+        out = self.gradients(batch)
         norm = clip_gradients(self.params, run.clip_grad, run.clip_per)
         values = torch.stack([v.detach().double() for v in out.values()])
         if self.acc.num_processes > 1: values = self.acc.reduce(values, 'mean')
@@ -543,6 +549,63 @@ def fit(t:Trainer)->dict:
         if t.step in probe_at: scores, clock = t.evaluate(), time.time()
         if t.step % save_every == 0 or t.step == run.steps: t.save()
     return scores
+
+# %% ../nbs/02_pretrain.ipynb #fea6dfb6
+GPUS = {'H100': 989, 'A100': 312, 'RTX 4090': 165, 'L4': 121}  # dense bf16 TFLOP/s, from NVIDIA's data sheets
+
+def cost(run:Pretrain)->dict:
+    "GFLOP per image, forward and backward; GB of weights with gradients and moments; MB of activations per image, in single precision. Captions are taken as long as can be"
+    with torch.device('meta'): o = make_objective(run).train()
+    def step(n):
+        views = [torch.empty(len(g)*n, 3, g[0].size, g[0].size, device='meta') for g in view_groups(run)]
+        tokens = torch.zeros((n, 2, run.context) if run.objective == 'clip-lm' else (n, run.context), dtype=torch.int64, device='meta')
+        return o(views, tokens, torch.zeros(n, dtype=torch.int64, device='meta'))['loss']
+    def kept(n):
+        storages = {}
+        def pack(x): storages[x.untyped_storage()._cdata] = x.untyped_storage(); return x
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x): step(n)
+        return sum(s.nbytes() for s in storages.values())
+    o.set_progress(1.)
+    with FlopCounterMode(display=False) as flop: step(4).backward()
+    return dict(gflop=flop.get_total_flops()/4e9, state_gb=sum(p.nbytes*(4 if p.requires_grad else 1) for p in o.parameters())/1e9, activations_mb=(kept(12) - kept(4))/8e6)
+
+class Blank:
+    "A source of noise, for timing"
+    fingerprint = 'blank'
+    def __init__(self, canvas:int): self.canvas = canvas
+    def __len__(self): return 1 << 20
+    def batch(self, ids): return np.random.default_rng(0).integers(0, 256, (len(ids), self.canvas, self.canvas, 3), np.uint8), np.full((len(ids), 2), self.canvas, np.int32), ['word '*99]*len(ids), []
+
+def seconds_per_image(t:'Trainer', steps:int=3)->float:
+    "Of this machine, from a few batches that change nothing"
+    seconds = []
+    for _, batch in zip(range(steps + 1), t.batches(listed=False)):
+        start = time.time()
+        t.gradients(batch)['loss'].item()
+        t.opt.zero_grad()
+        seconds.append(time.time() - start)
+    return min(seconds[1:])/t.run.batch  # the first one compiles
+
+def costs(preset:str, batch:int=0)->pd.DataFrame: # images in a step that is timed here; 0: no step is
+    "A row for each objective: what a run costs, here and on GPUs at two fifths of their peak"
+    rows = []
+    for o in OBJECTIVES:
+        run = settings(preset, o, **dict(data='world') if preset == 'paper' else {})
+        try: c = cost(run)
+        except SettingsError: continue  # a text model that is not on this machine
+        row = dict(preset=preset, objective=o, images=run.steps*run.batch, **c)
+        if batch:
+            with tempfile.TemporaryDirectory() as d: row['hours here'] = row['images']/3600*seconds_per_image(Trainer(replace(run, batch=batch, micro=0, workers=0, probes=0), Path(d), source=Blank(run.canvas)))
+        rows.append(row | {g: c['gflop']*row['images']/3600/(.4*1e3*tflops) for g, tflops in GPUS.items()})
+    return pd.DataFrame(rows)
+
+def ahead(t:'Trainer'):
+    "Say what a run will take, if it is a long one"
+    run, left = t.run, t.run.steps - t.step
+    if left < 200: return
+    seconds, c = seconds_per_image(t)*left*run.batch, cost(run)
+    gb = c['state_gb'] + c['activations_mb']/1e3*min(run.micro or run.batch, run.batch//t.acc.num_processes)
+    if t.acc.is_main_process: say(f'{left*run.batch:,} images of {c["gflop"]:.3g} GFLOP; {gb:.2g} GB of weights and activations (activations as of single precision); about {max(seconds/60, 1):,.0f} minutes here, without probes')
 
 # %% ../nbs/02_pretrain.ipynb #c8c26a0c
 def export_encoder(encoder:nn.Module, run:Pretrain, folder:Path):
@@ -630,6 +693,7 @@ def train(run:Pretrain, folder:Path)->dict:
     with only_one(folder, acc):
         t, start = Trainer(run, folder, acc), time.time()
         if t.step and acc.is_main_process: say(f'continuing {folder.name} from step {t.step} of {run.steps}')
+        ahead(t)
         scores = fit(t)
         return on_main(acc, lambda: finish(t, scores, time.time() - start))
 
