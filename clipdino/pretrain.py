@@ -455,13 +455,13 @@ class Trainer:
         for b in loader(self.source, run.batch, run.seed, self.step, run.steps, acc.process_index, acc.num_processes, run.workers, tokenize,
                         pin=acc.device.type == 'cuda', transform=self.add_views if run.augment == 'workers' else None):
             if listed: self.bad.add(b['step'], b['bad'], len(b['ids']))
-            b = {k: move(v) for k, v in b.items()}
+            b = {k: v if k in ('ids', 'epochs', 'hw') else move(v) for k, v in b.items()}  # what views are made of is decided here, so that the host needn't ask the device
             yield b if 'views' in b else self.add_views(b)
 
     def gradients(self, batch)->dict:
         "What the objective says of a batch, with gradients"
         self.objective.set_progress(self.step/self.run.steps)
-        with self.acc.autocast(): out = self.model(batch['views'], batch.get('tokens'), mix(self.run.seed, batch['epochs'], batch['ids']))
+        with self.acc.autocast(): out = self.model(batch['views'], batch.get('tokens'), mix(self.run.seed, batch['epochs'], batch['ids']).to(self.acc.device, non_blocking=True))
         self.acc.backward(out['loss'])
         return out
 

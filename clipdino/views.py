@@ -99,10 +99,12 @@ def resize_matrix(start:torch.Tensor, length:torch.Tensor, # (...) the interval 
 def resample(images:torch.Tensor, # (B, C, C, 3) uint8 or float
              rows:torch.Tensor, cols:torch.Tensor, # (V, B, S, C)
             )->torch.Tensor: # (V, B, 3, S, S) in [0, 1]
-    "Apply the matrices of both axes"
-    x = images.to(rows.dtype).permute(0, 3, 1, 2)/255
-    x = (cols[:, :, None] @ x.transpose(-1, -2)).clamp(0, 1)  # (V, B, 3, S, C); Pillow clips in between, too
-    return (rows[:, :, None] @ x.transpose(-1, -2)).clamp(0, 1)
+    "Apply the matrices of both axes: to all views of a picture in one product, then to each"
+    (v, b, size, c), x = rows.shape, images.to(rows.dtype)/255
+    x = x.transpose(2, 3).reshape(b, 3*c, c) @ cols.permute(1, 3, 0, 2).reshape(b, c, v*size)
+    x = x.clamp_(0, 1).view(b, c, 3, v, size).permute(3, 0, 1, 2, 4).reshape(v*b, c, 3*size)  # Pillow clips in between, too
+    x = rows.flatten(0, 1) @ x
+    return x.clamp_(0, 1).view(v, b, size, 3, size).transpose(2, 3)
 
 # %% ../nbs/01_views.ipynb #494f789d
 _GREY = .2989, .587, .114  # ITU-R 601 luma, as in torchvision
@@ -132,31 +134,35 @@ def colour_jitter(x:torch.Tensor, # (N, 3, H, W) in [0, 1]
                   order:torch.Tensor, # (N,) which of the 24 orders
                  )->torch.Tensor:
     "torchvision's ColorJitter for a batch, every sample with its own factors and order"
-    ops = _ORDERS.to(x.device)[order]  # (N, 4)
+    ops = _ORDERS[order.cpu()]  # (N, 4)
     hue_at = (ops == 3).int().argmax(1)
-    for late in False, True:
-        for turn in range(4):
-            op = ops[:, turn]
-            f = factors.gather(1, op[:, None])[:, 0]
-            here = ((op != 3) & ((hue_at < turn) == late)).to(f.dtype)
-            f = here*f + (1 - here)  # a factor of one does nothing
-            one = lambda k: ((op == k)*(1 - f))[:, None, None, None]
-            g = grey(x)
-            x = (torch.where(op == 0, f, 1.)[:, None, None, None]*torch.where(op == 0, 1., f)[:, None, None, None]*x
-                 + one(2)*g + one(1)*g.mean((-1, -2), keepdim=True)).clamp(0, 1)
-        if not late: x = shift_hue(x, factors[:, 3])
-    return x
+    by_hue = hue_at.argsort(stable=True)  # so that those whose hue comes at the same turn are a slice
+    ends = hue_at.bincount(minlength=4).cumsum(0).tolist()
+    others = ops[ops != 3].view(-1, 3)[by_hue].to(x.device)
+    x, factors = x[by_hue.to(x.device)], factors[by_hue.to(factors.device)].to(x.device)
+    for turn in range(4):
+        here = slice(ends[turn - 1] if turn else 0, ends[turn])
+        x[here] = shift_hue(x[here], factors[here, 3])
+        if turn == 3: break
+        op = others[:, turn]
+        f = factors.gather(1, op[:, None])[:, 0]
+        def only(k, v): return torch.where(op == k, v, 0.)[:, None, None, None]
+        g = grey(x)
+        x = (x*f[:, None, None, None]).add_(only(2, 1 - f)*g + only(1, 1 - f)*g.mean((-1, -2), keepdim=True)).clamp_(0, 1)
+    out = torch.empty_like(x)
+    out[by_hue.to(x.device)] = x
+    return out
 
 # %% ../nbs/01_views.ipynb #ca4a67fa
 def blur_matrix(sigma:torch.Tensor, # (N,) px
                 size:int)->torch.Tensor: # (N, size, size)
     "Rows of Gaussian weights for one axis, reflected at the borders"
-    i = torch.arange(size, device=sigma.device, dtype=torch.float32)
-    def weight(d): return torch.exp(-.5*(d/sigma[:, None, None])**2)
-    d = i[:, None] - i
-    s = i[:, None] + i
-    inner = (i > 0).float()*weight(s) + (i < size - 1).float()*weight(2*(size - 1) - s)
-    w = weight(d) + inner
+    i, far = torch.arange(size, device=sigma.device), 2*size - 1  # weights by distance, and a zero for what is not reflected
+    w = torch.exp(-.5*(torch.arange(far, device=sigma.device)/sigma[:, None])**2)
+    w = torch.cat([w, torch.zeros_like(w[:, :1])], 1)
+    left = torch.where(i > 0, i[:, None] + i, far)
+    right = torch.where(i < size - 1, 2*(size - 1) - i[:, None] - i, far)
+    w = w[:, (i[:, None] - i).abs()] + w[:, left] + w[:, right]
     return w/w.sum(-1, keepdim=True)
 
 # %% ../nbs/01_views.ipynb #5ce9d62b
@@ -169,52 +175,47 @@ class Views:
         self.views, self.filter = tuple(views), filter
         self.size, = {v.size for v in views}
         self.mean, self.std = mean, std
-        self.jitters, self.blurs = any(v.jitter or v.grey for v in views), any(v.blur for v in views)
-
-    def of(self, name, device): return _t([getattr(v, name) for v in self.views], device)
 
     def __call__(self,
                  images:torch.Tensor, # (B, C, C, 3) uint8, the pictures at the top left
                  hw:torch.Tensor, # (B, 2) height and width of each picture, px
-                 u:torch.Tensor, # (V, B, N) from `draws`
+                 u:torch.Tensor, # (V, B, N) from `draws`; on the CPU, as `hw`, so that nobody waits to learn which views get what
                 )->torch.Tensor: # (V*B, 3, size, size), normalised; view by view
         "The views of a batch"
         device, canvas = images.device, images.shape[1]
-        box = crop_boxes(u, hw, self.of('scale', device)[:, None], self.of('ratio', device)[:, None])
+        box = crop_boxes(u, hw, self.of('scale')[:, None], self.of('ratio')[:, None]).to(device, non_blocking=True)
         u = u[..., 2*TRIES + 2:]
         rows = resize_matrix(box[..., 0], box[..., 2], self.size, canvas, None, self.filter)
-        cols = resize_matrix(box[..., 1], box[..., 3], self.size, canvas, u[..., 0] < self.of('flip', device)[:, None], self.filter)
+        cols = resize_matrix(box[..., 1], box[..., 3], self.size, canvas, self.chosen(u[..., 0], 'flip').to(device), self.filter)
         x = resample(images, rows, cols).flatten(0, 1)
-        if self.jitters: x = self.colours(x, u)
-        if self.blurs: x = self.blurred(x, u)
-        sol = (u[..., 9] < self.of('solarise', device)[:, None]).flatten()[:, None, None, None]
-        x = torch.where(sol & (x >= 128/255), 1 - x, x)
-        return (x - _t(self.mean, device).view(3, 1, 1))/_t(self.std, device).view(3, 1, 1)
+        for name, change in ('jitter', self.jittered), ('grey', grey), ('blur', self.blurred), ('solarise', lambda x: torch.where(x >= 128/255, 1 - x, x)):
+            if not any(getattr(v, name) for v in self.views): continue
+            which = self.chosen(u[..., dict(jitter=5, grey=7, blur=8, solarise=9)[name]], name).flatten().nonzero()[:, 0]
+            if len(which):
+                i = which.to(device, non_blocking=True)
+                y = x[i]
+                x[i] = (change(y, u.flatten(0, 1)[which], which//len(images)) if name in ('jitter', 'blur') else change(y)).expand_as(y)
+        return x.sub_(_t(self.mean, device).view(3, 1, 1)).div_(_t(self.std, device).view(3, 1, 1))
 
-    def colours(self, x, u):
-        "Jitter and greyscale, each with its probability"
-        s = self.of('strength', x.device)[:, None]  # (V, 1, 4)
-        f = (2*u[..., 1:5] - 1)*s + _t([1, 1, 1, 0], x.device)
-        f = torch.where((u[..., 5] < self.of('jitter', x.device)[:, None])[..., None], f, _t([1, 1, 1, 0], x.device))
-        x = colour_jitter(x, f.flatten(0, 1), (u[..., 6]*24).long().flatten())
-        to_grey = (u[..., 7] < self.of('grey', x.device)[:, None]).flatten()[:, None, None, None]
-        return torch.where(to_grey, grey(x), x)
+    def of(self, name): return _t([getattr(v, name) for v in self.views], 'cpu')
+    def chosen(self, u, name): return u < self.of(name)[:, None]  # (V, B)
 
-    def blurred(self, x, u):
-        "Gaussian blur with its probability"
-        lo, hi = self.of('sigma', x.device).unbind(-1)
-        sigma = lo[:, None] + (hi - lo)[:, None]*u[..., 10]
-        sigma = torch.where(u[..., 8] < self.of('blur', x.device)[:, None], sigma, 1e-3)
-        b = blur_matrix(sigma.flatten(), self.size)[:, None]
+    def jittered(self, x, u, view): # (n, 3, S, S), draws (n, N), view of each (n,)
+        f = (2*u[:, 1:5] - 1)*self.of('strength')[view] + _t([1, 1, 1, 0], 'cpu')
+        return colour_jitter(x, f, (u[:, 6]*24).long())
+
+    def blurred(self, x, u, view):
+        lo, hi = self.of('sigma')[view].unbind(-1)
+        b = blur_matrix((lo + (hi - lo)*u[:, 10]).to(x.device), self.size)[:, None]
         return b @ x @ b.mT
 
 # %% ../nbs/01_views.ipynb #8f5befc5
 def make_views(groups, # lists of `View`s; the views of a group have one size
                images, hw, seed:int, epochs, ids, mean, std, dtype=torch.float32)->list: # one (V*B, 3, S, S) tensor per group
     "All views of a batch, group by group"
-    out, first = [], 0
+    out, first, epochs, ids, hw = [], 0, epochs.cpu(), ids.cpu(), hw.cpu()
     for views in groups:
-        u = draws(seed, epochs, ids, torch.arange(first, first + len(views), device=ids.device)).to(dtype)
+        u = draws(seed, epochs, ids, torch.arange(first, first + len(views))).to(dtype)
         out.append(Views(views, mean, std)(images, hw, u))
         first += len(views)
     return out
