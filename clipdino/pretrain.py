@@ -8,8 +8,8 @@ __all__ = ['OBJECTIVES', 'SMOKE', 'MINI', 'SMALL', 'PAPER', 'VIEW_SETTINGS', 'DI
            'world_size', 'check_inputs', 'settings', 'make_objective', 'dtype_of', 'view_groups', 'make_source',
            'param_groups', 'schedule', 'features', 'linear_probe', 'knn', 'world_tasks', 'labelled_task', 'Probe',
            'state_tensors', 'tensors_digest', 'save_state', 'load_state', 'use_compile', 'clip_gradients', 'NonFinite',
-           'check_settings', 'make_probe', 'accelerator', 'on_main', 'Trainer', 'last_scores', 'Watch', 'fit', 'cost',
-           'Blank', 'seconds_per_image', 'costs', 'ahead', 'export_encoder', 'open_encoder', 'retrieval',
+           'check_settings', 'make_probe', 'accelerator', 'on_main', 'Parts', 'Trainer', 'last_scores', 'Watch', 'fit',
+           'cost', 'Blank', 'seconds_per_image', 'costs', 'ahead', 'export_encoder', 'open_encoder', 'retrieval',
            'final_scores', 'finish', 'complete', 'only_one', 'train', 'pretrain', 'arguments', 'spawn', 'main',
            'collect', 'recipe', 'show_samples', 'show_views', 'show_curves', 'show_learning']
 
@@ -159,11 +159,12 @@ def validate(run:Pretrain):
         check(v(f) > 0 and v(f) % patch == 0, f'{f}={v(f)} must be a multiple of the patch size of {run.arch}, {patch}')
     check(not run.tracker or find_spec(run.tracker) is not None, f'tracker={run.tracker} needs the package of that name: pip install {run.tracker}')
 
-def launched()->bool: return 'LOCAL_RANK' in os.environ
+def launched()->bool: # by torchrun, or by accelerate
+    return 'LOCAL_RANK' in os.environ or 'ACCELERATE_MIXED_PRECISION' in os.environ
 
 def world_size(run:Pretrain)->int:
     "How many processes share the run"
-    if launched(): return int(os.environ['WORLD_SIZE'])
+    if launched(): return int(os.environ.get('WORLD_SIZE', 1))
     return run.processes or max(torch.cuda.device_count(), 1)
 
 def check_inputs(run:Pretrain):
@@ -405,7 +406,7 @@ def make_probe(run:Pretrain, split:str='val'):
 def accelerator(run:Pretrain, folder:Path)->Accelerator:
     "Devices, processes, precision and tracker"
     half = run.precision == 'bf16' or run.precision == 'auto' and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    cpu = launched() and not torch.accelerator.is_available()  # accelerate would take each process for a run of its own
+    cpu = world_size(run) > 1 and launched() and not torch.accelerator.is_available()  # accelerate would take each process for a run of its own
     acc = Accelerator(cpu=cpu, mixed_precision='bf16' if half else 'no', log_with=run.tracker or None, project_dir=str(folder), kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
     check(acc.num_processes == world_size(run) or not launched(), f'{world_size(run)} processes were launched, but on {acc.device} each would be alone')
     return acc
@@ -420,8 +421,8 @@ def on_main(acc, f):
     if out[1] is not None: raise out[1]
     return out[0]
 
-class Trainer:
-    "One run: its parts, its state, and its steps"
+class Parts:
+    "What a run is made of: source, objective, optimiser, state, lists of metrics and bad samples"
     def __init__(self, run:Pretrain, folder:Path, acc:Accelerator|None=None, source=None): # source: other pictures and captions than `run.data`
         self.run, self.folder, self.environment = run, folder, environment()
         self.source = make_source(run) if source is None else source
@@ -436,7 +437,7 @@ class Trainer:
         self.step = load_state(folder, self.objective, self.opt)
         self.metrics = on_main(self.acc, lambda: Metrics(folder/'metrics.jsonl', upto=self.step or -1))  # a fresh start probes again before its first step
         self.bad = on_main(self.acc, lambda: Bad(folder/'bad.jsonl', run.max_bad, self.source, self.step, self.step*run.batch)).of(self.acc.process_index)
-        self.failed = torch.full((3,), -1., dtype=torch.float64, device=self.acc.device)  # step, loss and gradient norm of the first step that was not finite
+        self.failed = torch.full((3,), -1., dtype=dtype, device=self.acc.device)  # step, loss and gradient norm of the first step that was not finite
         if use_compile(run, self.acc.device):
             for tower in self.objective.towers: getattr(self.objective, tower).compile(dynamic=False)
         self.model = self.acc.prepare(self.objective)
@@ -458,6 +459,9 @@ class Trainer:
             b = {k: v if k in ('ids', 'epochs', 'hw') else move(v) for k, v in b.items()}  # what views are made of is decided here, so that the host needn't ask the device
             yield b if 'views' in b else self.add_views(b)
 
+# %% ../nbs/02_pretrain.ipynb #09418789
+class Trainer(Parts):
+    "One run: its parts and its steps"
     def gradients(self, batch)->dict:
         "What the objective says of a batch, with gradients"
         self.objective.set_progress(self.step/self.run.steps)
@@ -471,10 +475,10 @@ class Trainer:
         for g in self.opt.param_groups: g.update({k: v if k == 'lr' or g['decays'] else 0. for k, v in schedule(run, self.step/run.steps).items()})
         out = self.gradients(batch)
         norm = clip_gradients(self.params, run.clip_grad, run.clip_per)
-        values = torch.stack([v.detach().double() for v in out.values()])
+        values = torch.stack([v.detach().to(self.failed.dtype) for v in out.values()])
         if self.acc.num_processes > 1: values = self.acc.reduce(values, 'mean')
         out = dict(zip(out, values), grad_norm=norm)
-        now = torch.stack([torch.full_like(values[0], self.step), out['loss'], norm.double()])
+        now = torch.stack([torch.full_like(values[0], self.step), out['loss'], norm.to(values.dtype)])
         self.failed = torch.where((self.failed[0] < 0) & ~now.isfinite().all(), now, self.failed)
         self.opt.found_inf = (self.failed[0] >= 0).float()  # the optimiser takes no step where this is 1, nor any later one
         self.objective.before_step()
@@ -513,7 +517,7 @@ class Trainer:
         self.log(**scores, seconds=time.time() - t)
         return scores
 
-# %% ../nbs/02_pretrain.ipynb #09418789
+# %% ../nbs/02_pretrain.ipynb #342922e5
 def last_scores(rows)->dict:
     "The latest probe accuracies in a run's metrics"
     return next(({k: v for k, v in r.items() if k.endswith(('_linear', '_knn'))} for r in reversed(rows) if 'seconds' in r), {})
@@ -521,12 +525,12 @@ def last_scores(rows)->dict:
 class Watch:
     "Says once what is wrong with a training, when it has been so for `rows` rows of the metrics in the part after `start`"
     def __init__(self, objective, rows:int=5, start:float=.1): self.objective, self.rows, self.start, self.row, self.said = objective, rows, start, 0, []
-    def __call__(self, values:dict, done:float):
+    def __call__(self, values:dict, done:float, aloud:bool=True):
         trouble = self.objective.trouble(values) if done >= self.start else ''
         self.row = self.row + 1 if trouble else 0
         if self.row >= self.rows and trouble not in self.said:
             self.said.append(trouble)
-            say(f'trouble at {done:.0%} of the run: {trouble}')
+            if aloud: say(f'trouble at {done:.0%} of the run: {trouble}')
 
 def fit(t:Trainer)->dict:
     "Train to the end; the last probe accuracies"
@@ -534,6 +538,8 @@ def fit(t:Trainer)->dict:
     shown, every, save_every = Progress(run.steps, t.step), max(run.steps//200, 1), max(run.save_every//run.batch, 1)
     probe_at = {round(run.steps*i/max(run.probes, 1)) for i in range(run.probes + 1)}
     scores = t.evaluate() if t.step == 0 else last_scores(t.metrics.rows()) if main else {}
+    for r in t.metrics.rows() if main else ():
+        if 'loss' in r: t.watch(r, r['step']/run.steps, aloud=False)  # of the part before this start
     batches, clock, waited, since = iter(t.batches()), time.time(), 0., t.step
     while t.step < run.steps:
         before = time.time()
@@ -546,7 +552,9 @@ def fit(t:Trainer)->dict:
             t.log(**values, lr=schedule(run, t.step/run.steps)['lr'], images_per_s=(t.step - since)*run.batch/seconds, waited=waited/seconds)
             if main: t.watch(values, t.step/run.steps), shown(t.step, **values, **scores)
             clock, waited, since = time.time(), 0., t.step
-        if t.step in probe_at: scores, clock = t.evaluate(), time.time()
+        if t.step in probe_at:
+            before, scores = time.time(), t.evaluate()
+            clock += time.time() - before
         if t.step % save_every == 0 or t.step == run.steps: t.save()
     return scores
 
@@ -570,21 +578,23 @@ def cost(run:Pretrain)->dict:
     return dict(gflop=flop.get_total_flops()/4e9, state_gb=sum(p.nbytes*(4 if p.requires_grad else 1) for p in o.parameters())/1e9, activations_mb=(kept(12) - kept(4))/8e6)
 
 class Blank:
-    "A source of noise, for timing"
+    "A source of noise, for timing; every batch is the same"
     fingerprint = 'blank'
-    def __init__(self, canvas:int): self.canvas = canvas
+    def __init__(self, canvas:int): self.canvas, self.images = canvas, np.zeros(0)
     def __len__(self): return 1 << 20
-    def batch(self, ids): return np.random.default_rng(0).integers(0, 256, (len(ids), self.canvas, self.canvas, 3), np.uint8), np.full((len(ids), 2), self.canvas, np.int32), ['word '*99]*len(ids), []
+    def batch(self, ids):
+        n = len(ids)
+        if len(self.images) != n: self.images = np.random.default_rng(0).integers(0, 256, (n, self.canvas, self.canvas, 3), np.uint8)
+        return self.images, np.full((n, 2), self.canvas, np.int32), ['word '*99]*n, []
 
 def seconds_per_image(t:'Trainer', steps:int=3)->float:
     "Of this machine, from a few batches that change nothing"
-    seconds = []
+    ends = []
     for _, batch in zip(range(steps + 1), t.batches(listed=False)):
-        start = time.time()
         t.gradients(batch)['loss'].item()
         t.opt.zero_grad()
-        seconds.append(time.time() - start)
-    return min(seconds[1:])/t.run.batch  # the first one compiles
+        ends.append(time.time())
+    return min(b - a for a, b in zip(ends, ends[1:]))/t.run.batch  # without the first, which compiles
 
 def costs(preset:str, batch:int=0)->pd.DataFrame: # images in a step that is timed here; 0: no step is
     "A row for each objective: what a run costs, here and on GPUs at two fifths of their peak"
@@ -721,7 +731,7 @@ def spawn(run:Pretrain, folder:Path)->dict:
         try:
             for line in p.stdout:
                 tail = [*tail[-50:], line.rstrip()]
-                if not line.startswith(('W', 'E', 'I', '[')) : say(line.rstrip())
+                if not re.match(r'[WEI]\d{4} ', line): say(line.rstrip())  # torchrun's own log
         except BaseException:  # interrupted: the processes go with the cell
             p.terminate()
             raise
@@ -807,7 +817,7 @@ def show_curves(folder:Path):
     rows = Metrics.read(Path(folder)/'metrics.jsonl')
     fig, (a, b) = plt.subplots(1, 2, figsize=(9, 2.8), layout='constrained')
     steps, probes = [r for r in rows if 'loss' in r], [r for r in rows if 'seconds' in r]
-    for k, label in ('loss', 'loss'), ('entropy', 'teacher entropy'):
+    for k, label in ('loss', 'loss'), ('entropy', 'entropy of the targets'), ('information', 'what targets say of the picture'):
         if k in steps[0]: a.plot([r['samples']/1000 for r in steps], [r[k] for r in steps], label=label)
     a.set(xlabel='thousand images seen', ylabel='nats', title='training')
     a.legend(frameon=False)
