@@ -207,7 +207,7 @@ class Views:
     def blurred(self, x, u, view):
         lo, hi = self.of('sigma')[view].unbind(-1)
         b = blur_matrix((lo + (hi - lo)*u[:, 10]).to(x.device), self.size)[:, None]
-        return b @ x @ b.mT
+        return (b @ x @ b.mT).clamp_(0, 1)
 
 # %% ../nbs/01_views.ipynb #8f5befc5
 def make_views(groups, # lists of `View`s; the views of a group have one size
