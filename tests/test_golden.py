@@ -3,7 +3,7 @@
     python tests/test_golden.py curves    # who changes what is computed runs this, and says why in the commit
     python tests/test_golden.py files     # at a release: adds its files, and leaves those of others
 """
-import json, platform, shutil, sys
+import json, platform, shutil, sys, tempfile
 from pathlib import Path
 
 import pytest
@@ -55,8 +55,7 @@ def test_files_of_earlier_versions_keep_loading(tmp_path, version, objective):
 
 def write_curves():
     for o in OBJECTIVES:
-        shutil.rmtree('/tmp/golden', ignore_errors=True)
-        rows = ',\n'.join(map(json.dumps, curve(o, Path('/tmp/golden'))))
+        with tempfile.TemporaryDirectory() as d: rows = ',\n'.join(map(json.dumps, curve(o, Path(d))))
         (here/f'{o}.json').write_text(f'{{"machine": {json.dumps(machine())}, "curve": [\n{rows}]}}\n')
 
 def write_files():
