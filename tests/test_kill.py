@@ -32,7 +32,7 @@ if OWN: CASES |= {f'own_{o}': dict(objective=o, data=OWN) for o in OBJECTIVES}
 def test_killed_at_random_moments(tmp_path, case):
     "Twelve times, some with another number of loader processes at each start, on the world and on shards with broken samples"
     chance = random.Random(case)
-    given = dict(CASES[case], name='x', samples=1024, save_every=32, max_bad=.2)
+    given = dict(CASES[case], name='x', samples=3200, save_every=32, max_bad=.2)
     for d in 'straight', 'killed':
         (tmp_path/d).mkdir()
         (tmp_path/d/'settings.ini').touch()
@@ -52,7 +52,7 @@ def test_killed_at_random_moments(tmp_path, case):
     p.join()
     assert p.exitcode == 0 and made(tmp_path/'killed') == made(tmp_path/'straight')
     rows = made(tmp_path/'straight')[0]
-    assert [r['step'] for r in rows if 'loss' in r] == list(range(1, 65))
+    assert [r['step'] for r in rows if 'loss' in r] == list(range(1, 201))
     if case in ('siglip', 'lm'): assert made(tmp_path/'straight')[1]['data']['bad'] == {'undecodable image': len((tmp_path/'straight/runs/x/bad.jsonl').read_text().splitlines())}
 
 def test_killed_while_a_state_is_written(tmp_path):
