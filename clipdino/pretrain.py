@@ -14,7 +14,7 @@ __all__ = ['OBJECTIVES', 'SMOKE', 'MINI', 'SMALL', 'PAPER', 'VIEW_SETTINGS', 'DI
            'collect', 'recipe', 'show_samples', 'show_views', 'show_curves', 'show_learning']
 
 # %% ../nbs/02_pretrain.ipynb #568ea07d
-import argparse, errno, hashlib, inspect, json, math, os, re, shutil, subprocess, sys, tempfile, textwrap, time
+import argparse, hashlib, inspect, json, math, os, re, shutil, subprocess, sys, tempfile, textwrap, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.util import find_spec
@@ -701,6 +701,7 @@ def train(run:Pretrain, folder:Path)->dict:
     "Begin or continue a run, as one of its processes"
     acc = accelerator(run, folder)
     with only_one(folder, acc):
+        if (result := on_main(acc, lambda: complete(folder, run))) is not None: return result  # another process has ended it meanwhile
         t, start = Trainer(run, folder, acc), time.time()
         if t.step and acc.is_main_process: say(f'continuing {folder.name} from step {t.step} of {run.steps}')
         ahead(t)
@@ -746,8 +747,8 @@ def main(args=None):
     "`python -m clipdino.pretrain --objective clip ...`, under accelerate launch or torchrun too: the settings are the options"
     about = dict(re.findall(r'^    (\w+): \w+ = .*?  # (.+)$', ''.join(map(inspect.getsource, Pretrain.__mro__[:3])), re.M))
     p = argparse.ArgumentParser('clipdino.pretrain', description='Pre-train an encoder. Settings that are not given have the value of the preset.', allow_abbrev=False)
-    def truth(v): return dict(true=True, false=False)[v.lower()]
-    for f in fields(Pretrain): p.add_argument(f'--{f.name}', type=truth if f.type is bool else f.type, help=about.get(f.name, '').replace('%', '%%'), metavar=f.type.__name__)
+    def true_or_false(v): return ('false', 'true').index(v.lower()) == 1  # argparse names this function where it refuses
+    for f in fields(Pretrain): p.add_argument(f'--{f.name}', type=true_or_false if f.type is bool else f.type, help=about.get(f.name, '').replace('%', '%%'), metavar=f.type.__name__)
     try:
         result = pretrain(settings(**{k: v for k, v in vars(p.parse_args(args)).items() if v is not None}))
         if int(os.environ.get('RANK', 0)) == 0: say(json.dumps({k: result[k] for k in ('name', 'samples', 'loss', 'images_per_s', 'val')}))

@@ -9,7 +9,7 @@ from helpers import shard, start
 
 from clipdino.core import CannotWrite, Metrics, SettingsError
 from clipdino.data import BadData
-from clipdino.pretrain import Trainer, fit, pretrain, settings
+from clipdino.pretrain import Trainer, fit, pretrain, settings, train
 
 @pytest.fixture
 def top(tmp_path, monkeypatch):
@@ -81,6 +81,12 @@ def test_a_folder_that_is_read_only(top):
 def test_a_second_process_is_refused(top):
     (top/'runs/x').mkdir(parents=True)
     with FileLock(top/'runs/x/.lock'), pytest.raises(SettingsError, match='another process is running x'): pretrain(smoke())
+
+def test_a_run_that_another_process_ended_meanwhile_is_not_repeated(top):
+    "It waited for the folder's lock, and finds the result when it gets it"
+    result = pretrain(smoke())
+    before = Path('runs/x/result.json').stat().st_mtime_ns
+    assert train(smoke(), Path('runs/x')) == result and Path('runs/x/result.json').stat().st_mtime_ns == before
 
 def test_collapse_is_said(tmp_path, capsys):
     "Uniform targets, one prototype for all, and a training that is well"

@@ -1,6 +1,5 @@
 "A batch in parts, or over several processes, gives the gradients of the batch in one piece."
 import json, os, re, subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,11 +73,6 @@ def test_drop_path_drops_and_depends_on_the_sample_alone():
     torch.testing.assert_close(encode(encoder, x[:9], keys[9:18]), y[9:18])
     assert len(encoder.eval()(x).unique(dim=0)) == 1
 
-def trained(folder, n):
-    "A run as a notebook starts it: several processes with torchrun"
-    os.chdir(folder)
-    return pretrain(settings('smoke', 'siglip', name='x', processes=n))
-
 def test_a_notebook_starts_processes(tmp_path, monkeypatch):
     results = []
     monkeypatch.delenv('IN_TEST', raising=False)
@@ -105,7 +99,9 @@ def test_options_give_the_settings(monkeypatch, capsys):
     main(arguments(run))
     assert seen == [run]
     with pytest.raises(SystemExit): main(['--objectiv', 'clip'])
-    assert 'objectiv' in capsys.readouterr().err
+    with pytest.raises(SystemExit): main(['--head_norm', 'maybe'])
+    said = capsys.readouterr().err
+    assert 'unrecognized arguments: --objectiv' in said and "invalid true_or_false value: 'maybe'" in said
     with pytest.raises(SystemExit, match='objective=.mae. is not one of'): main(['--objective', 'mae'])
 
 def test_the_slurm_example_is_sound():
