@@ -26,6 +26,7 @@ import pandas as pd
 import seaborn as sns
 import timm
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
@@ -752,6 +753,7 @@ def main(args=None):
     try:
         result = pretrain(settings(**{k: v for k, v in vars(p.parse_args(args)).items() if v is not None}))
         if int(os.environ.get('RANK', 0)) == 0: say(json.dumps({k: result[k] for k in ('name', 'samples', 'loss', 'images_per_s', 'val')}))
+        if dist.is_initialized(): dist.destroy_process_group()  # its threads would be torn down with the interpreter, which can abort a process that is done
     except (SettingsError, BadData, NonFinite, CannotWrite) as e: sys.exit(REFUSED + str(e))
 
 if __name__ == '__main__' and '__file__' in globals(): main()  # as a program; in a notebook there is no file
