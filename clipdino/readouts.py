@@ -8,7 +8,7 @@ __all__ = ['READOUTS', 'NORMS', 'BLOCK', 'AUTHORS', 'IGNORED', 'Setting', 'grid'
            'accuracy', 'adamw', 'authors_probe', 'knn', 'few_shot', 'interval', 'report', 'paired', 'map_scores',
            'fit_maps', 'overlaps', 'mean_iou']
 
-# %% ../nbs/01_readouts.ipynb #b7a611f9
+# %% ../nbs/01_readouts.ipynb #3ce37ced
 import math
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from .core import check, generator, one_of, permute
 
-# %% ../nbs/01_readouts.ipynb #4c6ec3d3
+# %% ../nbs/01_readouts.ipynb #88f420ec
 READOUTS = dict(cls=(0,), mean=(1,), both=(0, 1))  # columns of the second axis
 NORMS = 'standard', 'unit'  # every dimension to mean 0 and deviation 1; rows to unit length, then centred and scaled by one number
 BLOCK = 1 << 22  # numbers in a block of scores
@@ -49,7 +49,7 @@ def check_features(x, y, where:str='the training set'):
         bad = ~torch.as_tensor(np.asarray(x[a:a + (1 << 16)])).flatten(1).isfinite().all(1)
         check(not bad.any(), f'features of picture {a + int(bad.int().argmax())} of {where} are not finite')
 
-# %% ../nbs/01_readouts.ipynb #8babebf1
+# %% ../nbs/01_readouts.ipynb #f195bae5
 def flat(x, norm:str, device='cpu')->torch.Tensor: # (n, r, D) -> (n, r*D)
     "Readouts side by side, each of unit length if `norm` is unit"
     x = torch.as_tensor(np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x).to(device, torch.float32)
@@ -88,7 +88,7 @@ class Blocks:
     def __call__(self, a:int, b:int)->torch.Tensor: return self.turned(a, b) if self.kept is None else self.kept[a:b]
     def __len__(self): return self.n
 
-# %% ../nbs/01_readouts.ipynb #09bf7e7e
+# %% ../nbs/01_readouts.ipynb #0ab6a67a
 def logistic(x, y, w, l2, n:int): # blocks or tensor (>= n, d); labels; (S, d + 1, K), the last row the bias; (S,); rows to use
     "Regularised mean cross-entropy of S probes, and its gradient"
     s, d, k = w.shape
@@ -160,7 +160,7 @@ def fit(x:Blocks, y:torch.Tensor, classes:int, l2, # strengths
         w, count = minimise(f, w, h, t, steps)
     return w.view(shape)
 
-# %% ../nbs/01_readouts.ipynb #0c5bc5e6
+# %% ../nbs/01_readouts.ipynb #cb813881
 @dataclass(frozen=True)
 class Linear:
     "A fitted linear probe: scores = readouts @ weight + bias"
@@ -212,7 +212,7 @@ def linear_probe(x, y, classes:int, settings=None, device='cpu', seed:int=0)->Li
 
 def accuracy(scores, y)->float: return (scores.argmax(1) == torch.as_tensor(y)).float().mean().item()
 
-# %% ../nbs/01_readouts.ipynb #fa5dcc04
+# %% ../nbs/01_readouts.ipynb #f1306b24
 AUTHORS = [(lr, wd) for lr in (1e-6, 1e-5, 1e-4, 1e-3) for wd in (0., 1e-6, 1e-3)]  # learning rate, weight decay
 
 def adamw(x, y, held, y_held, classes:int, settings:list, epochs:int, seed:int=0, batch:int=2048, warmup:int=10)->list: # standardised (n, D), held-out pictures; [(lr, wd)] -> [(accuracy, epoch, weights)]
@@ -248,7 +248,7 @@ def authors_probe(x, y, classes:int, device='cpu', seed:int=0, epochs:int=50)->L
     weight = w[:-1]/std[:, None]
     return Linear(Setting(setting[1]), weight, w[-1] - mean @ weight)
 
-# %% ../nbs/01_readouts.ipynb #5f114c2c
+# %% ../nbs/01_readouts.ipynb #69cb60e4
 def knn(x, y, x_test, classes:int, k:int=20, temp:float=.07, device='cpu')->torch.Tensor: # (n, D), (n,), (m, D) -> (m, K)
     "Votes of the nearest neighbours by cosine, in blocks of both sides"
     def unit(v): return F.normalize(torch.as_tensor(np.asarray(v)).to(device, torch.float32), dim=1)
@@ -280,7 +280,7 @@ def few_shot(x, y, x_test, y_test, classes:int, shots:int, draws:int=10, seed:in
         out.append(accuracy(F.normalize(x_test.float() - mean, dim=-1) @ means.T, y_test))
     return out
 
-# %% ../nbs/01_readouts.ipynb #31cee74a
+# %% ../nbs/01_readouts.ipynb #b7bc63cd
 def interval(values, level:float=.95, draws:int=4000, seed:int=0)->list: # (n,) of any numbers -> [low, high]
     "Percentile bootstrap interval of the mean"
     v, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
@@ -312,7 +312,7 @@ def paired(a, b)->dict: # (n,) successes of two encoders on the same pictures, o
     if np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all(): out['p'] = binomtest(int((d > 0).sum()), int((d != 0).sum())).pvalue if (d != 0).any() else 1.
     return out
 
-# %% ../nbs/01_readouts.ipynb #cd6bcdc2
+# %% ../nbs/01_readouts.ipynb #4fa1648c
 IGNORED = 255  # label of pixels that do not count
 
 def map_scores(x, w, grid:tuple, size:tuple)->torch.Tensor: # (b*h*w, d) tokens, (d + 1, K), (h, w), (H, W) -> (b, K, H, W)
