@@ -6,12 +6,12 @@
 __all__ = ['OBJECTIVES', 'SMOKE', 'MINI', 'SMALL', 'PAPER', 'VIEW_SETTINGS', 'DINO_VIEWS', 'BY_OBJECTIVE', 'SOURCES', 'FREE',
            'ROUNDING', 'GPUS', 'REFUSED', 'LOOKS', 'TextSettings', 'DINOSettings', 'Pretrain', 'validate', 'launched',
            'world_size', 'check_inputs', 'settings', 'make_objective', 'dtype_of', 'view_groups', 'make_source',
-           'param_groups', 'schedule', 'features', 'linear_probe', 'knn', 'world_tasks', 'labelled_task', 'Probe',
-           'state_tensors', 'tensors_digest', 'save_state', 'load_state', 'use_compile', 'clip_gradients', 'NonFinite',
-           'check_settings', 'make_probe', 'accelerator', 'on_main', 'Parts', 'Trainer', 'last_scores', 'Watch', 'fit',
-           'cost', 'Blank', 'seconds_per_image', 'costs', 'ahead', 'export_encoder', 'open_encoder', 'retrieval',
-           'final_scores', 'finish', 'complete', 'only_one', 'train', 'pretrain', 'arguments', 'spawn', 'main',
-           'collect', 'recipe', 'show_samples', 'show_views', 'show_curves', 'show_learning']
+           'param_groups', 'schedule', 'features', 'world_tasks', 'labelled_task', 'Probe', 'state_tensors',
+           'tensors_digest', 'save_state', 'load_state', 'use_compile', 'clip_gradients', 'NonFinite', 'check_settings',
+           'make_probe', 'accelerator', 'on_main', 'Parts', 'Trainer', 'last_scores', 'Watch', 'fit', 'cost', 'Blank',
+           'seconds_per_image', 'costs', 'ahead', 'export_encoder', 'open_encoder', 'retrieval', 'final_scores',
+           'finish', 'complete', 'only_one', 'train', 'pretrain', 'arguments', 'spawn', 'main', 'collect', 'recipe',
+           'show_samples', 'show_views', 'show_curves', 'show_learning']
 
 # %% ../nbs/02_pretrain.ipynb #568ea07d
 import argparse, hashlib, inspect, json, math, os, re, shutil, subprocess, sys, tempfile, textwrap, time
@@ -40,8 +40,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .core import (CannotWrite, Metrics, PRESETS, Progress, Settings, SettingsError, check, digest, environment, generator, in_test, injected, one_of,
                            mix, read_json, run_dir, say, whole, write_json, writing)
-from .data import Bad, BadData, Shards, Steps, expand, labelled, loader
+from .data import Bad, BadData, Shards, Steps, expand, loader
 from .objectives import (BYTE_TOKENS, CLIP_VOCAB, Contrastive, DINO, DINOHead, MEAN, STD, PretrainedText, TextTower, cosine, make_encoder, patch_of, text_config, text_heads)
+from .readouts import accuracy, grid, knn, linear_probe
+from .sets import named, open_set
 from .views import AddViews, centre, clip_views, dino_views, make_views
 from .world import POLICIES, World
 
@@ -174,8 +176,8 @@ def check_inputs(run:Pretrain):
     check(not run.eval_data or run.objective != 'dino', 'eval_data is for objectives that read captions, and dino reads none')
     n = world_size(run)
     check(run.batch % n == 0, f'batch={run.batch} must be a multiple of the {n} processes')
-    for spec in {run.data, run.eval_data, run.probe_data} - {'world', ''}:
-        if spec != run.probe_data or not Path(spec).expanduser().is_dir(): expand(spec)  # a labelled set may be a folder of folders
+    for spec in {run.data, run.eval_data} - {'world', ''}: expand(spec)
+    if run.probe_data and not Path(named(run.probe_data)[1]).expanduser().is_dir(): expand(run.probe_data)  # a labelled set is a folder, or shards
     if run.objective == 'clip-lm': text_config(run.text_model, run.unlocked)
 
 # %% ../nbs/02_pretrain.ipynb #3a55fe4f
@@ -278,34 +280,6 @@ def features(encoder:nn.Module, images, hw, size:int, batch:int=256)->torch.Tens
     return torch.cat(out)
 
 # %% ../nbs/02_pretrain.ipynb #f3dc39e0
-def linear_probe(x, y, x_test, y_test, # features (n, D) and labels (n,)
-                 l2=(1e-4, 1e-3, 1e-2, 1e-1))->float: # strengths to choose from, on a fifth of the training set
-    "Test accuracy of multinomial logistic regression on standardised features"
-    n_classes = int(y.max()) + 1
-    mean, std = x.mean(0), x.std(0) + 1e-5
-    x, x_test = (x - mean)/std, (x_test - mean)/std
-    def fit(x, y, l2):
-        w = torch.zeros(x.shape[1] + 1, n_classes, requires_grad=True)
-        opt = torch.optim.LBFGS([w], max_iter=60, line_search_fn='strong_wolfe')
-        def loss():
-            opt.zero_grad()
-            l = F.cross_entropy(x @ w[:-1] + w[-1], y) + l2*w[:-1].square().sum()/2
-            l.backward()
-            return l
-        opt.step(loss)
-        return w.detach()
-    def score(w, x, y): return ((x @ w[:-1] + w[-1]).argmax(1) == y).float().mean().item()
-    cut = len(x)*4//5
-    best = max(l2, key=lambda s: score(fit(x[:cut], y[:cut], s), x[cut:], y[cut:]))
-    return score(fit(x, y, best), x_test, y_test)
-
-def knn(x, y, x_test, y_test, k:int=20, temp:float=.07)->float:
-    "Test accuracy of the cosine k-nearest-neighbour vote, weighted by exp(similarity / temp) (Wu et al., 2018)"
-    sim, near = (F.normalize(x_test, dim=1) @ F.normalize(x, dim=1).T).topk(min(k, len(x)), dim=1)
-    votes = torch.zeros(len(x_test), int(y.max()) + 1).scatter_add_(1, y[near], (sim/temp).exp())
-    return (votes.argmax(1) == y_test).float().mean().item()
-
-# %% ../nbs/02_pretrain.ipynb #881fe176
 def world_tasks(canvas:int, split:str='val', n:int=2048, test:int=1024)->dict: # task -> (images, hw, labels) of training and test
     "Object class on one-object scenes and word identity on words, on images that pre-training never shows"
     def part(kind, split, n): return (w := World(split, n, canvas, kinds=kind)).images, np.full((n, 2), canvas, np.int32), torch.from_numpy(w.labels[kind])
@@ -313,23 +287,25 @@ def world_tasks(canvas:int, split:str='val', n:int=2048, test:int=1024)->dict: #
 
 def labelled_task(spec:str, canvas:int, split:str='val', limit:int=5000)->dict:
     "The classes of a labelled set; its `val` is a fifth of the training images, so that nobody watches the test images during a run"
-    train = labelled(spec, canvas, 'train', limit)
-    def part(s, rows): return s.images[rows], s.hw[rows], torch.from_numpy(s.labels[rows])
-    cut = len(train)*4//5
-    if split == 'val': return dict(classes=[part(train, slice(cut)), part(train, slice(cut, None))])
-    return dict(classes=[part(train, slice(None)), part(labelled(spec, canvas, split, limit), slice(None))])
+    train = open_set(spec, 'train', limit)
+    def part(s, ids): return s.batch(ids, canvas), np.full((len(ids), 2), canvas, np.int32), torch.from_numpy(s.labels[ids])
+    n, cut = np.arange(len(train)), len(train)*4//5
+    if split == 'val': return dict(classes=[part(train, n[:cut]), part(train, n[cut:])])
+    test = open_set(spec, split, limit)
+    return dict(classes=[part(train, n), part(test, np.arange(len(test)))])
 
 class Probe:
-    "Linear probe and nearest neighbours on every task"
+    "Linear probe and nearest neighbours on the class token, for every task"
     def __init__(self, tasks:dict): self.sets = tasks
 
     def __call__(self, encoder, size:int)->dict:
         "Accuracies, 0 to 1"
-        out = {}
+        out, settings = {}, grid((1e-4, 1e-3, 1e-2, 1e-1), ('cls',), ('standard',))
         for task, (train, test) in self.sets.items():
             x, x_test = (features(encoder, i, hw, size) for i, hw, _ in (train, test))
-            out[f'{task}_linear'] = linear_probe(x, train[2], x_test, test[2])
-            out[f'{task}_knn'] = knn(x, train[2], x_test, test[2])
+            y, y_test, k = train[2], test[2], int(train[2].max()) + 1
+            out[f'{task}_linear'] = accuracy(linear_probe(x[:, None], y, k, settings)(x_test[:, None]), y_test)
+            out[f'{task}_knn'] = accuracy(knn(x, y, x_test, k), y_test)
         return out
 
 # %% ../nbs/02_pretrain.ipynb #4e3a183e

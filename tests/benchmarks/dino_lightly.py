@@ -13,9 +13,11 @@ from lightly.models.modules import DINOProjectionHead
 from lightly.models.utils import update_momentum
 from torch import nn
 
-from clipdino.data import Order, labelled
+from clipdino.data import Order
 from clipdino.objectives import MEAN, STD, cosine
-from clipdino.pretrain import features, knn, make_objective, param_groups, schedule, settings, view_groups
+from clipdino.pretrain import features, make_objective, param_groups, schedule, settings, view_groups
+from clipdino.readouts import accuracy, knn
+from clipdino.sets import open_set
 from clipdino.views import AddViews
 
 class Theirs(nn.Module):
@@ -46,14 +48,15 @@ class Theirs(nn.Module):
 
 def main(spec, out, images):
     run = settings('mini', 'dino', samples=images, local_crops=4, local_min=.05, hue=.1, warmup_teacher=0., warmup_teacher_temp=.04, teacher_temp=.04, freeze_last=0.)
-    train, test = (labelled(spec, 32, s) for s in ('train', 'test'))
-    (y, y_test), order = (torch.from_numpy(s.labels) for s in (train, test)), Order(len(train), run.seed)
+    (x, y), (x_test, y_test) = ((s.batch(range(len(s)), 32), torch.from_numpy(s.labels)) for s in (open_set(spec, split) for split in ('train', 'test')))
+    hw, hw_test = (torch.full((len(i), 2), 32, dtype=torch.int32) for i in (x, x_test))
+    order = Order(len(x), run.seed)
     ours = make_objective(run)
     models = dict(ours=ours, lightly=Theirs(ours, run))
     opts = {k: torch.optim.AdamW(param_groups(m), betas=(.9, run.beta2), fused=True) for k, m in models.items()}
     add_views, rows, losses = AddViews(view_groups(run), run.seed, MEAN, STD), [], {k: [] for k in models}
     def evaluate(seen):
-        acc = {f'knn_{k}': knn(features(m.teacher, train.images, train.hw, 32), y, features(m.teacher, test.images, test.hw, 32), y_test) for k, m in models.items()}
+        acc = {f'knn_{k}': accuracy(knn(features(m.teacher, x, hw, 32), y, features(m.teacher, x_test, hw_test, 32), len(train.classes)), y_test) for k, m in models.items()}
         rows.append(dict(images=seen, **{f'loss_{k}': sum(l)/max(len(l), 1) for k, l in losses.items()}, **acc))
         print(rows[-1], flush=True)
         pd.DataFrame(rows).round(4).to_csv(out, index=False)
@@ -61,7 +64,7 @@ def main(spec, out, images):
     evaluate(0)
     for step in range(run.steps):
         epochs, ids = order(torch.arange(run.batch) + step*run.batch)
-        views = add_views(dict(images=torch.from_numpy(train.images[ids]), hw=torch.from_numpy(train.hw[ids]), ids=ids, epochs=epochs))['views']
+        views = add_views(dict(images=torch.from_numpy(x[ids]), hw=hw[ids], ids=ids, epochs=epochs))['views']
         for k, m in models.items():
             for g in opts[k].param_groups: g.update({n: v if n == 'lr' or g['decays'] else 0. for n, v in schedule(run, step/run.steps).items()})
             m.train()
