@@ -43,7 +43,7 @@ from .core import (CannotWrite, Metrics, PRESETS, Progress, Settings, SettingsEr
 from .data import Bad, BadData, Shards, Steps, expand, loader
 from .objectives import (BYTE_TOKENS, CLIP_VOCAB, Contrastive, DINO, DINOHead, MEAN, STD, PretrainedText, TextTower, cosine, make_encoder, patch_of, text_config, text_heads)
 from .readouts import accuracy, grid, knn, linear_probe
-from .sets import named, open_set
+from .sets import open_set, split_spec
 from .views import AddViews, centre, clip_views, dino_views, make_views
 from .world import POLICIES, World
 
@@ -177,7 +177,7 @@ def check_inputs(run:Pretrain):
     n = world_size(run)
     check(run.batch % n == 0, f'batch={run.batch} must be a multiple of the {n} processes')
     for spec in {run.data, run.eval_data} - {'world', ''}: expand(spec)
-    if run.probe_data and not Path(named(run.probe_data)[1]).expanduser().is_dir(): expand(run.probe_data)  # a labelled set is a folder, or shards
+    if run.probe_data and not Path(split_spec(run.probe_data)[1]).expanduser().is_dir(): expand(run.probe_data)  # a labelled set is a folder, or shards
     if run.objective == 'clip-lm': text_config(run.text_model, run.unlocked)
 
 # %% ../nbs/02_pretrain.ipynb #3a55fe4f

@@ -6,9 +6,9 @@
 __all__ = ['READOUTS', 'NORMS', 'BLOCK', 'AUTHORS', 'IGNORED', 'Setting', 'grid', 'check_features', 'flat', 'Blocks', 'logistic',
            'direction', 'minimise', 'fit', 'Linear', 'fit_probes', 'held_out', 'try_settings', 'choose', 'linear_probe',
            'accuracy', 'adamw', 'authors_probe', 'knn', 'few_shot', 'interval', 'report', 'paired', 'map_scores',
-           'fit_maps', 'overlaps', 'mean_iou']
+           'fit_maps', 'map_classes', 'overlaps', 'mean_iou']
 
-# %% ../nbs/01_readouts.ipynb #3ce37ced
+# %% ../nbs/01_readouts.ipynb #afaab5a2
 import math
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from .core import check, generator, one_of, permute
 
-# %% ../nbs/01_readouts.ipynb #88f420ec
+# %% ../nbs/01_readouts.ipynb #aa3e418a
 READOUTS = dict(cls=(0,), mean=(1,), both=(0, 1))  # columns of the second axis
 NORMS = 'standard', 'unit'  # every dimension to mean 0 and deviation 1; rows to unit length, then centred and scaled by one number
 BLOCK = 1 << 22  # numbers in a block of scores
@@ -49,7 +49,7 @@ def check_features(x, y, where:str='the training set'):
         bad = ~torch.as_tensor(np.asarray(x[a:a + (1 << 16)])).flatten(1).isfinite().all(1)
         check(not bad.any(), f'features of picture {a + int(bad.int().argmax())} of {where} are not finite')
 
-# %% ../nbs/01_readouts.ipynb #f195bae5
+# %% ../nbs/01_readouts.ipynb #c2520c99
 def flat(x, norm:str, device='cpu')->torch.Tensor: # (n, r, D) -> (n, r*D)
     "Readouts side by side, each of unit length if `norm` is unit"
     x = torch.as_tensor(np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x).to(device, torch.float32)
@@ -88,7 +88,7 @@ class Blocks:
     def __call__(self, a:int, b:int)->torch.Tensor: return self.turned(a, b) if self.kept is None else self.kept[a:b]
     def __len__(self): return self.n
 
-# %% ../nbs/01_readouts.ipynb #0ab6a67a
+# %% ../nbs/01_readouts.ipynb #54803420
 def logistic(x, y, w, l2, n:int): # blocks or tensor (>= n, d); labels; (S, d + 1, K), the last row the bias; (S,); rows to use
     "Regularised mean cross-entropy of S probes, and its gradient"
     s, d, k = w.shape
@@ -160,7 +160,7 @@ def fit(x:Blocks, y:torch.Tensor, classes:int, l2, # strengths
         w, count = minimise(f, w, h, t, steps)
     return w.view(shape)
 
-# %% ../nbs/01_readouts.ipynb #cb813881
+# %% ../nbs/01_readouts.ipynb #3181ce8c
 @dataclass(frozen=True)
 class Linear:
     "A fitted linear probe: scores = readouts @ weight + bias"
@@ -212,7 +212,7 @@ def linear_probe(x, y, classes:int, settings=None, device='cpu', seed:int=0)->Li
 
 def accuracy(scores, y)->float: return (scores.argmax(1) == torch.as_tensor(y)).float().mean().item()
 
-# %% ../nbs/01_readouts.ipynb #f1306b24
+# %% ../nbs/01_readouts.ipynb #7620174d
 AUTHORS = [(lr, wd) for lr in (1e-6, 1e-5, 1e-4, 1e-3) for wd in (0., 1e-6, 1e-3)]  # learning rate, weight decay
 
 def adamw(x, y, held, y_held, classes:int, settings:list, epochs:int, seed:int=0, batch:int=2048, warmup:int=10)->list: # standardised (n, D), held-out pictures; [(lr, wd)] -> [(accuracy, epoch, weights)]
@@ -248,7 +248,7 @@ def authors_probe(x, y, classes:int, device='cpu', seed:int=0, epochs:int=50)->L
     weight = w[:-1]/std[:, None]
     return Linear(Setting(setting[1]), weight, w[-1] - mean @ weight)
 
-# %% ../nbs/01_readouts.ipynb #69cb60e4
+# %% ../nbs/01_readouts.ipynb #14cead78
 def knn(x, y, x_test, classes:int, k:int=20, temp:float=.07, device='cpu')->torch.Tensor: # (n, D), (n,), (m, D) -> (m, K)
     "Votes of the nearest neighbours by cosine, in blocks of both sides"
     def unit(v): return F.normalize(torch.as_tensor(np.asarray(v)).to(device, torch.float32), dim=1)
@@ -280,7 +280,7 @@ def few_shot(x, y, x_test, y_test, classes:int, shots:int, draws:int=10, seed:in
         out.append(accuracy(F.normalize(x_test.float() - mean, dim=-1) @ means.T, y_test))
     return out
 
-# %% ../nbs/01_readouts.ipynb #b7bc63cd
+# %% ../nbs/01_readouts.ipynb #bf5bd197
 def interval(values, level:float=.95, draws:int=4000, seed:int=0)->list: # (n,) of any numbers -> [low, high]
     "Percentile bootstrap interval of the mean"
     v, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
@@ -312,7 +312,7 @@ def paired(a, b)->dict: # (n,) successes of two encoders on the same pictures, o
     if np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all(): out['p'] = binomtest(int((d > 0).sum()), int((d != 0).sum())).pvalue if (d != 0).any() else 1.
     return out
 
-# %% ../nbs/01_readouts.ipynb #4fa1648c
+# %% ../nbs/01_readouts.ipynb #fbd96d6a
 IGNORED = 255  # label of pixels that do not count
 
 def map_scores(x, w, grid:tuple, size:tuple)->torch.Tensor: # (b*h*w, d) tokens, (d + 1, K), (h, w), (H, W) -> (b, K, H, W)
@@ -342,15 +342,17 @@ def fit_maps(tokens, maps, grid:tuple, classes:int, l2:float=1e-3, device='cpu',
     weight = blocks.turn @ w[:-1]
     return Linear(Setting(l2), weight, w[-1] - blocks.mean @ weight)
 
+def map_classes(probe:Linear, tokens, grid:tuple, size:tuple)->np.ndarray: # (n, h*w, D), (h, w), (H, W) -> (n, H, W)
+    "The class of each pixel"
+    w = torch.cat([probe.weight, probe.bias[None]])
+    return torch.cat([map_scores(torch.as_tensor(np.asarray(tokens[a:a + 64])).to(w).flatten(0, 1), w, grid, size).argmax(1).cpu() for a in range(0, len(tokens), 64)]).numpy()
+
 def overlaps(probe:Linear, tokens, maps, grid:tuple)->tuple: # -> (n, K) intersections and unions, pixels
     "Pixels on which prediction and truth agree, class by class, and their union"
-    k, w, out = len(probe.bias), torch.cat([probe.weight, probe.bias[None]]), []
-    for a in range(0, len(tokens), 64):
-        t = torch.as_tensor(np.asarray(maps[a:a + 64])).long()
-        p = map_scores(torch.as_tensor(np.asarray(tokens[a:a + 64])).to(w).flatten(0, 1), w, grid, t.shape[1:]).argmax(1).cpu()
-        p, t = F.one_hot(p.masked_fill(t == IGNORED, k), k + 1)[..., :k].bool(), F.one_hot(t.masked_fill(t == IGNORED, k), k + 1)[..., :k].bool()
-        out.append(torch.stack([(p & t).sum((1, 2)), (p | t).sum((1, 2))]))
-    return tuple(torch.cat(out, 1).double().numpy())
+    predicted, counts = map_classes(probe, tokens, grid, maps.shape[1:]), np.asarray(maps) != IGNORED
+    both = [((predicted == c) & (maps == c)).sum((1, 2)) for c in range(len(probe.bias))]
+    union = [(((predicted == c) | (maps == c)) & counts).sum((1, 2)) for c in range(len(probe.bias))]
+    return np.stack(both, 1).astype(float), np.stack(union, 1).astype(float)
 
 def mean_iou(both, union, draws:int=2000, seed:int=0)->dict: # (n, K) intersections and unions of n pictures
     "Mean IoU over the classes that occur, with a bootstrap interval over pictures"

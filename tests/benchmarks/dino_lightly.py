@@ -48,7 +48,8 @@ class Theirs(nn.Module):
 
 def main(spec, out, images):
     run = settings('mini', 'dino', samples=images, local_crops=4, local_min=.05, hue=.1, warmup_teacher=0., warmup_teacher_temp=.04, teacher_temp=.04, freeze_last=0.)
-    (x, y), (x_test, y_test) = ((s.batch(range(len(s)), 32), torch.from_numpy(s.labels)) for s in (open_set(spec, split) for split in ('train', 'test')))
+    train, test = (open_set(spec, split) for split in ('train', 'test'))
+    (x, y), (x_test, y_test) = ((s.batch(range(len(s)), 32), torch.from_numpy(s.labels)) for s in (train, test))
     hw, hw_test = (torch.full((len(i), 2), 32, dtype=torch.int32) for i in (x, x_test))
     order = Order(len(x), run.seed)
     ours = make_objective(run)
