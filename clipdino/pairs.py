@@ -6,7 +6,7 @@
 __all__ = ['THRESHOLDS', 'REFERENCE', 'MARGIN', 'TILE', 'unit', 'Pairs', 'Best', 'check_k', 'by_thresholds', 'Ranks', 'by_ranks',
            'distinct', 'shared']
 
-# %% ../nbs/04_pairs.ipynb #4912d7c3
+# %% ../nbs/04_pairs.ipynb #36a5ad92
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,19 +17,19 @@ from torch.nn import functional as F
 
 from .core import check, generator, one_of
 
-# %% ../nbs/04_pairs.ipynb #6fe5581d
+# %% ../nbs/04_pairs.ipynb #22259da3
 THRESHOLDS = dict(  # ((first encoder above, second below), (second above, first below)); the first encoder is CLIP
     loose=((.7, .5), (.8, .5)), strict=((.85, .3), (.95, .15)),  # DataComp; the strict ones as all pairs of its list obey them
     imagenet=((.8, .5), (.9, .15)), earliest=((.9, .5), (.95, .2)))  # ImageNet; the first version of the search
 
-# %% ../nbs/04_pairs.ipynb #af136e65
+# %% ../nbs/04_pairs.ipynb #8370561b
 REFERENCE = 1 << 20  # pairs behind a table of ranks
 MARGIN = 1e-5  # more than single precision errs in a product of unit vectors
 TILE = 2048, 4096  # rows and columns of a block of similarities
 
 def unit(x, device='cpu')->torch.Tensor: # (n, D) -> (n, D)
     "Rows of unit length, in double precision on the way"
-    x = torch.as_tensor(np.asarray(x))
+    x = x if torch.is_tensor(x) else torch.from_numpy(np.array(x))
     check(x.ndim == 2, f'features of shape {tuple(x.shape)}: pairs take one vector for each picture')
     bad = ~x.isfinite().all(1)
     check(not bad.any(), f'features of picture {int(bad.int().argmax())} are not finite')
@@ -84,7 +84,7 @@ class Pairs:
                 if self.same: i, j = i[i < j], j[i < j]
                 if len(i): yield i, j
 
-# %% ../nbs/04_pairs.ipynb #824defe6
+# %% ../nbs/04_pairs.ipynb #7254b05e
 @dataclass
 class Best:
     "The `k` pairs of the highest score so far, and how many there were"
@@ -125,7 +125,7 @@ def by_thresholds(pairs:Pairs, thresholds:tuple=THRESHOLDS['loose'], k:int=1000)
         for best, ok, score in (first, (sa > a_high) & (sb < b_low), sa - sb), (second, (sb > b_high) & (sa < a_low), sb - sa): best.add(i[ok], j[ok], sa[ok], sb[ok], score[ok])
     return dict(first=(first.table(), first.count), second=(second.table(), second.count))
 
-# %% ../nbs/04_pairs.ipynb #5cce7161
+# %% ../nbs/04_pairs.ipynb #66ff8dc4
 class Ranks:
     "Rank of a similarity: the share of reference pairs that are less similar, equals counting half"
     def __init__(self, s:torch.Tensor): self.sorted, self.n, self.scale = s.sort().values, len(s), 1/max(s.std().item(), 1e-9)
@@ -155,7 +155,7 @@ def by_ranks(pairs:Pairs, k:int=1000, seed:int=0)->dict: # side -> table of k pa
         for i, j in pairs.beyond((a.scale, b.scale), limits): take(i, j, *pairs.similarities(i, j))
     return dict(first=first.table(), second=second.table())
 
-# %% ../nbs/04_pairs.ipynb #329ee475
+# %% ../nbs/04_pairs.ipynb #5516979d
 def distinct(t:pd.DataFrame, n:int|None=None)->pd.DataFrame:
     "The best pairs of which no picture is in a better pair; at most `n`"
     used, keep = set(), []
