@@ -6,7 +6,7 @@
 __all__ = ['THRESHOLDS', 'REFERENCE', 'MARGIN', 'TILE', 'unit', 'Pairs', 'Best', 'check_k', 'by_thresholds', 'Ranks', 'by_ranks',
            'distinct', 'shared']
 
-# %% ../nbs/04_pairs.ipynb #36a5ad92
+# %% ../nbs/04_pairs.ipynb #da6dced1
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,15 +17,15 @@ from torch.nn import functional as F
 
 from .core import check, generator, one_of
 
-# %% ../nbs/04_pairs.ipynb #22259da3
+# %% ../nbs/04_pairs.ipynb #6cb18ff9
 THRESHOLDS = dict(  # ((first encoder above, second below), (second above, first below)); the first encoder is CLIP
     loose=((.7, .5), (.8, .5)), strict=((.85, .3), (.95, .15)),  # DataComp; the strict ones as all pairs of its list obey them
     imagenet=((.8, .5), (.9, .15)), earliest=((.9, .5), (.95, .2)))  # ImageNet; the first version of the search
 
-# %% ../nbs/04_pairs.ipynb #8370561b
+# %% ../nbs/04_pairs.ipynb #98232324
 REFERENCE = 1 << 20  # pairs behind a table of ranks
 MARGIN = 1e-5  # more than single precision errs in a product of unit vectors
-TILE = 2048, 4096  # rows and columns of a block of similarities
+TILE = 1024, 2048  # rows and columns of a block of similarities
 
 def unit(x, device='cpu')->torch.Tensor: # (n, D) -> (n, D)
     "Rows of unit length, in double precision on the way"
@@ -47,8 +47,8 @@ class Pairs:
     def __len__(self): return self.n*(self.n - 1)//2 if self.same else self.n*self.m
 
     def similarities(self, i, j)->tuple: # (c,), (c,) -> (c,), (c,) float64
-        "Of both encoders, in double precision"
-        def dot(x, y): return torch.cat([(x[p].double()*y[q].double()).sum(1) for p, q in zip(i.split(65536), j.split(65536))]) if len(i) else torch.zeros(0, dtype=torch.float64, device=self.device)
+        "Of both encoders, summed in double precision"
+        def dot(x, y): return torch.cat([(x[p]*y[q]).sum(1, dtype=torch.float64) for p, q in zip(i.split(4096), j.split(4096))])
         return dot(self.a, self.a2), dot(self.b, self.b2)
 
     def some(self, count:int=REFERENCE, seed:int=0)->tuple: # -> i, j
@@ -64,38 +64,34 @@ class Pairs:
             i, j = code//self.m, code % self.m
         return i.to(self.device), j.to(self.device)
 
-    def beyond(self, weights:tuple, limits): # (alpha, beta); () -> (low, high), asked before each block
-        "Yields i, j of the pairs with alpha*s_a - beta*s_b below `low` or above `high`, block by block, and a few more"
-        alpha, beta = weights
-        left, right = torch.cat([alpha*self.a, -beta*self.b], 1), torch.cat([self.a2, self.b2], 1)
-        margin, out = MARGIN*(alpha + beta), torch.empty(TILE, device=self.device)
+    def passing(self, limits): # () -> (s_a above, s_b below) of the first side, (s_b above, s_a below) of the second; asked before each block
+        "Yields side (0, 1), i, j, s_a, s_b of the pairs that pass, block by block, in single precision"
+        out = [torch.empty(TILE, device=self.device) for _ in range(3)]
         for r in range(0, self.n, TILE[0]):
-            rows = left[r:r + TILE[0]]
-            for c in range(r if self.same else 0, self.m, TILE[1]):
-                cols = right[c:c + TILE[1]]
-                d = torch.mm(rows, cols.T, out=out[:len(rows), :len(cols)]) if len(rows) == TILE[0] and len(cols) == TILE[1] else rows @ cols.T
-                low, high = limits()
-                least, most = torch.aminmax(d, dim=1)
-                hit = ((least < low + margin) | (most > high - margin)).nonzero()[:, 0]
-                if not len(hit): continue
-                d = d[hit]
-                i, j = ((d < low + margin) | (d > high - margin)).nonzero().T
-                i, j = hit[i] + r, j + c
-                if self.same: i, j = i[i < j], j[i < j]
-                if len(i): yield i, j
+            for c in range(r//TILE[1]*TILE[1] if self.same else 0, self.m, TILE[1]): # of one set with itself, blocks that reach above the diagonal
+                h, w = min(TILE[0], self.n - r), min(TILE[1], self.m - c)
+                sa, sb, spare = (o.view(-1)[:h*w].view(h, w) for o in out)
+                torch.mm(self.a[r:r + h], self.a2[c:c + w].T, out=sa), torch.mm(self.b[r:r + h], self.b2[c:c + w].T, out=sb)
+                for side, (s, t, (above, below)) in enumerate(zip((sa, sb), (sb, sa), limits())):
+                    torch.sub(s, above, out=spare)
+                    room = torch.minimum(spare, below - t, out=spare)  # above 0 where both hold
+                    rows = (room.amax(1) > 0).nonzero()[:, 0]
+                    if not len(rows): continue
+                    i, j = (room[rows] > 0).nonzero().T
+                    i = rows[i]
+                    if self.same: i, j = (v[i + r < j + c] for v in (i, j))
+                    if len(i): yield side, i + r, j + c, sa[i, j], sb[i, j]
 
-# %% ../nbs/04_pairs.ipynb #7254b05e
+# %% ../nbs/04_pairs.ipynb #6788c28b
 @dataclass
 class Best:
-    "The `k` pairs of the highest score so far, and how many there were"
+    "The `k` pairs of the highest score so far"
     k: int
     rows: torch.Tensor|None = None  # (<= 2k, 5): i, j, s_a, s_b, score
-    count: int = 0
     bar: float = -np.inf  # what a pair must beat
 
     def add(self, i, j, sa, sb, score):
         "Take pairs in"
-        self.count += len(i)
         new = score > self.bar
         rows = torch.stack([v[new].double() for v in (i, j, sa, sb, score)], 1)
         self.rows = rows if self.rows is None else torch.cat([self.rows, rows])
@@ -116,19 +112,18 @@ class Best:
 def check_k(pairs:Pairs, k:int): check(0 < k <= len(pairs), f'k={k} pairs are wanted, but {pairs.n} pictures have {len(pairs)}')
 
 def by_thresholds(pairs:Pairs, thresholds:tuple=THRESHOLDS['loose'], k:int=1000)->dict: # side -> (table of at most k pairs, how many there are)
-    "Pairs that are above one threshold under one encoder and below another under the other; the `k` of largest difference on each side"
+    "Pairs that are above one threshold under one encoder and below another under the other, and the `k` of largest difference on each side"
     check_k(pairs, k)
-    (a_high, b_low), (b_high, a_low) = thresholds
-    first, second = Best(k), Best(k)
-    for i, j in pairs.beyond((1., 1.), lambda: (a_low - b_high, a_high - b_low)):
-        sa, sb = pairs.similarities(i, j)
-        for best, ok, score in (first, (sa > a_high) & (sb < b_low), sa - sb), (second, (sb > b_high) & (sa < a_low), sb - sa): best.add(i[ok], j[ok], sa[ok], sb[ok], score[ok])
-    return dict(first=(first.table(), first.count), second=(second.table(), second.count))
+    sides, counts = (Best(k), Best(k)), [0, 0]
+    for side, i, j, sa, sb in pairs.passing(lambda: thresholds):
+        counts[side] += len(i)
+        sides[side].add(i, j, sa, sb, sb - sa if side else sa - sb)
+    return {name: (best.table(), n) for name, best, n in zip(('first', 'second'), sides, counts)}
 
-# %% ../nbs/04_pairs.ipynb #66ff8dc4
+# %% ../nbs/04_pairs.ipynb #24c6c1ef
 class Ranks:
     "Rank of a similarity: the share of reference pairs that are less similar, equals counting half"
-    def __init__(self, s:torch.Tensor): self.sorted, self.n, self.scale = s.sort().values, len(s), 1/max(s.std().item(), 1e-9)
+    def __init__(self, s:torch.Tensor): self.sorted, self.n = s.sort().values, len(s)
     def __call__(self, s): return (torch.searchsorted(self.sorted, s) + torch.searchsorted(self.sorted, s, right=True)).double()/(2*self.n)
     def least(self, rank:float)->float: # similarity of any pair of at least this rank is no lower
         k = int(np.ceil(rank*self.n)) - 1
@@ -142,20 +137,19 @@ def by_ranks(pairs:Pairs, k:int=1000, seed:int=0)->dict: # side -> table of k pa
     check_k(pairs, k)
     i, j = pairs.some(max(REFERENCE, k), seed)
     sa, sb = pairs.similarities(i, j)
-    a, b, first, second = Ranks(sa), Ranks(sb), Best(k), Best(k)
-    def take(i, j, sa, sb):
-        score = a(sa) - b(sb)
-        first.add(i, j, sa, sb, score), second.add(i, j, sa, sb, -score)
-    def limits(): # what the bars ask of the difference of scaled similarities
-        return a.scale*a.most(1 - second.bar) - b.scale*b.least(second.bar), a.scale*a.least(first.bar) - b.scale*b.most(1 - first.bar)
-    if len(i) == len(pairs): take(i, j, sa, sb)
+    a, b, sides = Ranks(sa), Ranks(sb), (Best(k), Best(k))
+    def take(side, i, j, sa, sb): sides[side].add(i, j, sa, sb, b(sb) - a(sa) if side else a(sa) - b(sb))
+    def limits(): # what a pair must pass to beat a bar, whatever its other rank
+        return [(high.least(bar) - MARGIN, low.most(1 - bar) + MARGIN) for high, low, bar in ((a, b, sides[0].bar), (b, a, sides[1].bar))]
+    if len(i) == len(pairs):
+        for side in 0, 1: take(side, i, j, sa, sb)
     else:
         score = a(sa) - b(sb)
-        first.bar, second.bar = (v.topk(k).values[-1].item() - 1e-9 for v in (score, -score))  # the k best of some pairs are a bar for all
-        for i, j in pairs.beyond((a.scale, b.scale), limits): take(i, j, *pairs.similarities(i, j))
-    return dict(first=first.table(), second=second.table())
+        for best, v in zip(sides, (score, -score)): best.bar = v.topk(k).values[-1].item() - 1e-9  # the k best of some pairs are a bar for all
+        for side, i, j, *_ in pairs.passing(limits): take(side, i, j, *pairs.similarities(i, j))
+    return dict(first=sides[0].table(), second=sides[1].table())
 
-# %% ../nbs/04_pairs.ipynb #5516979d
+# %% ../nbs/04_pairs.ipynb #65d19577
 def distinct(t:pd.DataFrame, n:int|None=None)->pd.DataFrame:
     "The best pairs of which no picture is in a better pair; at most `n`"
     used, keep = set(), []

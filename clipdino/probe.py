@@ -7,9 +7,9 @@ __all__ = ['SIZES', 'FEATURES', 'TASKS', 'WITHIN', 'PARTS', 'PHRASES', 'SHOTS', 
            'pooled', 'joint', 'patch_tokens', 'fill', 'features', 'Pictures', 'even', 'Task', 'world_tasks', 'set_task',
            'WorldMaps', 'OnlyPictures', 'dense', 'constant_iou', 'name_classes', 'probe_task', 'pool', 'specs',
            'probe_all', 'save_arrays', 'probe', 'compare', 'main_tasks', 'show_tasks', 'show_grid', 'show_maps',
-           'show_differences']
+           'show_differences', 'collect']
 
-# %% ../nbs/03_probe.ipynb #823aa01a
+# %% ../nbs/03_probe.ipynb #67db0db3
 import shutil, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
@@ -30,7 +30,7 @@ from .readouts import READOUTS, authors_probe, check_features, choose, few_shot,
 from .sets import BASE, IGNORED, open_maps, open_set, split_spec
 from .world import FACTORS, FAMILIES, FAMILY_OF, World, annotations
 
-# %% ../nbs/03_probe.ipynb #6b1e8bef
+# %% ../nbs/03_probe.ipynb #01d62b7b
 @dataclass(frozen=True)
 class ProbeRun(Settings):
     "Settings of one probing run"
@@ -65,7 +65,7 @@ def settings(preset:str='mini', **given)->ProbeRun:
 
 def device_of(name:str)->str: return ('cuda' if torch.cuda.is_available() else 'cpu') if name == 'auto' else name
 
-# %% ../nbs/03_probe.ipynb #d2ad76c0
+# %% ../nbs/03_probe.ipynb #29116736
 FEATURES = '1'  # version of what is written
 
 def pooled(encoder:Encoder, x, layer:int)->torch.Tensor: # (B, 3, S, S) -> (B, 2, D)
@@ -120,7 +120,7 @@ def features(encoder:Encoder, source, what=pooled, layer:int=-1, batch:int=256)-
         return np.load(path, mmap_mode='r')
     finally: lock.release()
 
-# %% ../nbs/03_probe.ipynb #bac888d7
+# %% ../nbs/03_probe.ipynb #4b4f2040
 TASKS = dict(object='object', word='word', colour='object', background='object', texture='object', style='object', count='several', position='placed')  # factor -> kind of scene
 
 class Pictures:
@@ -177,7 +177,7 @@ def set_task(spec:str, encoder:Encoder, run:ProbeRun, known:dict)->Task: # task 
     train = open_set(spec, 'train', run.limit)
     return Task(test.name, train.classes, read(train), train.labels, read(test), test.labels, test)
 
-# %% ../nbs/03_probe.ipynb #50b74b43
+# %% ../nbs/03_probe.ipynb #ae6560be
 PARTS = 'ground', 'object', 'word'
 
 class WorldMaps:
@@ -218,7 +218,7 @@ def constant_iou(maps, maps_test, k:int)->float:
     most, n = np.bincount(maps[maps != IGNORED], minlength=k).argmax(), np.bincount(maps_test[maps_test != IGNORED], minlength=k)
     return float(n[most]/n.sum()/(n > 0).sum())
 
-# %% ../nbs/03_probe.ipynb #cef92009
+# %% ../nbs/03_probe.ipynb #28f4a028
 PHRASES = dict(word=('the word {}', '{} text', '{} sign', '{}'), default=('{}', 'a {}', 'a photo of a {}', 'picture of a {}'))
 
 def name_classes(encoder:Encoder, names:tuple, task:str)->torch.Tensor: # (K, E) unit length
@@ -227,7 +227,7 @@ def name_classes(encoder:Encoder, names:tuple, task:str)->torch.Tensor: # (K, E)
     t = encoder.embed_text([p.format(n.replace('_', ' ')) for n in names for p in phrases])
     return torch.nn.functional.normalize(t.unflatten(0, (len(names), -1)).mean(1), dim=1).cpu()
 
-# %% ../nbs/03_probe.ipynb #d365ce96
+# %% ../nbs/03_probe.ipynb #88d9ea08
 SHOTS = 1, 2, 5, 10
 
 def probe_task(t:Task, encoder:Encoder, run:ProbeRun, earlier:dict)->tuple: # probes of earlier sets -> result, {readout: (n,) successes}, probes
@@ -304,7 +304,7 @@ def probe(run:ProbeRun)->dict:
     write_json(folder/'result.json', result)
     return result
 
-# %% ../nbs/03_probe.ipynb #4418f3fa
+# %% ../nbs/03_probe.ipynb #aec5aebc
 def compare(results:dict, right:dict, other:Path)->pd.DataFrame: # of this run; folder of another, finished one
     "Differences to another run, this minus other, on tasks that both have with the same test pictures"
     check((other/'result.json').exists(), f'{other.name} is no finished probing run to compare with')
@@ -316,7 +316,7 @@ def compare(results:dict, right:dict, other:Path)->pd.DataFrame: # of this run; 
     check(rows, f'{other.name} has no task with the same test pictures')
     return pd.DataFrame(rows)
 
-# %% ../nbs/03_probe.ipynb #244b0093
+# %% ../nbs/03_probe.ipynb #64045aec
 HOW = dict(linear=('linear probe', 'o'), knn=('20 neighbours', 's'), zero_shot=('zero-shot', '^'), authors=("authors' protocol", 'D'))  # label and marker
 def main_tasks(result:dict)->list: return [t for t in result['tasks'] if not t.startswith((WITHIN, 'maps of'))]
 
@@ -369,3 +369,16 @@ def show_differences(result:dict):
     ax.axvline(0, color='grey', lw=1)
     ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - .5, -.5), xlabel=f'accuracy of {result["name"]} minus {result["against"]["name"]}, points')
     ax.legend(loc='center left', bbox_to_anchor=(1, .5))
+
+# %% ../nbs/03_probe.ipynb #19b5976f
+def collect(folders)->pd.DataFrame: # finished probing runs
+    "Accuracies of several runs, one row for each run, task and readout"
+    rows = []
+    for d in sorted(map(Path, folders)):
+        r = read_json(d/'result.json')
+        same = dict(encoder=r['encoder']['name'], weights=r['encoder']['fingerprint'][:12], commit=r['environment']['commit'])
+        for task, t in r['tasks'].items():
+            if 'miou' in t: rows.append(dict(same, task=task, how='miou', value=t['miou'], low=t['interval'][0], high=t['interval'][1], chance=t['constant'], pictures=t['pictures']))
+            rows += [dict(same, task=task, how=how, value=v['top1'], low=v['interval'][0], high=v['interval'][1], chance=v['chance'], pictures=v['pictures']) for how, v in t.items() if how in (*HOW, 'linear_cls')]
+            rows += [dict(same, task=task, how=f'{n} shots', value=v['top1'], chance=t['knn']['chance'], pictures=t['knn']['pictures']) for n, v in t.get('few_shot', {}).items()]
+    return pd.DataFrame(rows).round(5)

@@ -8,7 +8,7 @@ __all__ = ['READOUTS', 'NORMS', 'BLOCK', 'AUTHORS', 'IGNORED', 'Setting', 'grid'
            'linear_probe', 'accuracy', 'adamw', 'authors_probe', 'knn', 'few_shot', 'interval', 'report', 'paired',
            'map_scores', 'fit_maps', 'map_classes', 'overlaps', 'mean_iou']
 
-# %% ../nbs/01_readouts.ipynb #c46501ed
+# %% ../nbs/01_readouts.ipynb #16dff00c
 import math
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from .core import check, generator, one_of, permute
 
-# %% ../nbs/01_readouts.ipynb #26c7e5bc
+# %% ../nbs/01_readouts.ipynb #0aeda4ed
 READOUTS = dict(cls=(0,), mean=(1,), both=(0, 1))  # columns of the second axis
 NORMS = 'standard', 'unit'  # every dimension to mean 0 and deviation 1; rows to unit length, then centred and scaled by one number
 BLOCK = 1 << 22  # numbers in a block of scores
@@ -49,7 +49,7 @@ def check_features(x, y, where:str='the training set'):
         bad = ~tensor(x[a:a + (1 << 16)]).flatten(1).isfinite().all(1)
         check(not bad.any(), f'features of picture {a + int(bad.int().argmax())} of {where} are not finite')
 
-# %% ../nbs/01_readouts.ipynb #1a21fe78
+# %% ../nbs/01_readouts.ipynb #583aef68
 def tensor(x)->torch.Tensor: return x if torch.is_tensor(x) else torch.from_numpy(np.array(x))  # a copy: memory maps are read-only
 
 def flat(x, norm:str, device='cpu')->torch.Tensor: # (n, r, D) -> (n, r*D)
@@ -90,7 +90,7 @@ class Blocks:
     def __call__(self, a:int, b:int)->torch.Tensor: return self.turned(a, b) if self.kept is None else self.kept[a:b]
     def __len__(self): return self.n
 
-# %% ../nbs/01_readouts.ipynb #4964b9a1
+# %% ../nbs/01_readouts.ipynb #b492d8a5
 def logistic(x, y, w, l2, n:int): # blocks or tensor (>= n, d); labels; (S, d + 1, K), the last row the bias; (S,); rows to use
     "Regularised mean cross-entropy of S probes, and its gradient"
     s, d, k = w.shape
@@ -162,7 +162,7 @@ def fit(x:Blocks, y:torch.Tensor, classes:int, l2, # strengths
         w, count = minimise(f, w, h, t, steps)
     return w.view(shape)
 
-# %% ../nbs/01_readouts.ipynb #afecde61
+# %% ../nbs/01_readouts.ipynb #a2b4857b
 @dataclass(frozen=True)
 class Linear:
     "A fitted linear probe: scores = readouts @ weight + bias"
@@ -214,7 +214,7 @@ def linear_probe(x, y, classes:int, settings=None, device='cpu', seed:int=0)->Li
 
 def accuracy(scores, y)->float: return (scores.argmax(1) == torch.as_tensor(y)).float().mean().item()
 
-# %% ../nbs/01_readouts.ipynb #d27952ce
+# %% ../nbs/01_readouts.ipynb #c90c127a
 AUTHORS = [(lr, wd) for lr in (1e-6, 1e-5, 1e-4, 1e-3) for wd in (0., 1e-6, 1e-3)]  # learning rate, weight decay
 
 def adamw(x, y, held, y_held, classes:int, settings:list, epochs:int, seed:int=0, batch:int=2048, warmup:int=10)->list: # standardised (n, D), held-out pictures; [(lr, wd)] -> [(accuracy, epoch, weights)]
@@ -250,7 +250,7 @@ def authors_probe(x, y, classes:int, device='cpu', seed:int=0, epochs:int=50)->L
     weight = w[:-1]/std[:, None]
     return Linear(Setting(setting[1]), weight, w[-1] - mean @ weight)
 
-# %% ../nbs/01_readouts.ipynb #d2a1ca3d
+# %% ../nbs/01_readouts.ipynb #6fc44e07
 def knn(x, y, x_test, classes:int, k:int=20, temp:float=.07, device='cpu')->torch.Tensor: # (n, D), (n,), (m, D) -> (m, K)
     "Votes of the nearest neighbours by cosine, in blocks of both sides"
     def unit(v): return F.normalize(tensor(v).to(device, torch.float32), dim=1)
@@ -282,7 +282,7 @@ def few_shot(x, y, x_test, y_test, classes:int, shots:int, draws:int=10, seed:in
         out.append(accuracy(F.normalize(x_test.float() - mean, dim=-1) @ means.T, y_test))
     return out
 
-# %% ../nbs/01_readouts.ipynb #3db1d1a5
+# %% ../nbs/01_readouts.ipynb #73beaa92
 def interval(values, level:float=.95, draws:int=4000, seed:int=0)->list: # (n,) of any numbers -> [low, high]
     "Percentile bootstrap interval of the mean"
     v, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
@@ -294,7 +294,7 @@ def interval(values, level:float=.95, draws:int=4000, seed:int=0)->list: # (n,) 
 def report(scores:torch.Tensor, y, names:tuple, worst:int=5)->dict: # (n, K), (n,)
     "Top-1 and top-5 accuracy with interval, mean accuracy of classes, and the pairs that are confused most"
     y, k = torch.as_tensor(y), len(names)
-    order = scores.topk(min(5, k), 1).indices
+    order = scores.sort(dim=1, descending=True, stable=True).indices[:, :5]  # of equal scores the first, as in argmax
     hit = order == y[:, None]
     matrix = torch.zeros(k, k).index_put_((y, order[:, 0]), torch.ones(len(y)), accumulate=True)
     seen = matrix.sum(1)
@@ -314,7 +314,7 @@ def paired(a, b)->dict: # (n,) successes of two encoders on the same pictures, o
     if np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all(): out['p'] = binomtest(int((d > 0).sum()), int((d != 0).sum())).pvalue if (d != 0).any() else 1.
     return out
 
-# %% ../nbs/01_readouts.ipynb #d18377d5
+# %% ../nbs/01_readouts.ipynb #8bdedbb3
 IGNORED = 255  # label of pixels that do not count
 
 def map_scores(x, w, grid:tuple, size:tuple)->torch.Tensor: # (b*h*w, d) tokens, (d + 1, K), (h, w), (H, W) -> (b, K, H, W)

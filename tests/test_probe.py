@@ -1,0 +1,211 @@
+"Probing and analysing: the cache of features, whole runs on every kind of data, and what is refused."
+import os, shutil, subprocess, sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import clipdino.analysis as analysis
+import clipdino.probe as probe
+from clipdino.core import CannotWrite, SettingsError, cache_dir
+from clipdino.encoders import load_encoder
+from clipdino.pretrain import pretrain, settings as pretrain_settings
+from helpers import shard
+
+ENCODER = 'random:clipdino_vit_smoke'
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    "Runs and features in folders of the test's own"
+    (tmp_path/'settings.ini').touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv('IN_TEST', raising=False)
+    (tmp_path/'cache').mkdir()
+    monkeypatch.setenv('CLIPDINO_CACHE', str(tmp_path/'cache'))
+
+class Set:
+    "Some pictures"
+    name, fingerprint = 'some', 'some'
+    def __init__(self, n=40): self.images = np.random.default_rng(0).integers(0, 256, (n, 32, 32, 3), np.uint8)
+    def __len__(self): return len(self.images)
+    def batch(self, ids, size): return self.images[ids]
+
+def picture_folder(root:Path, classes=3, train=20, test=8, size=(40, 30)):
+    "Class folders whose pictures tell their class by colour"
+    g = np.random.default_rng(0)
+    for split, n in ('train', train), ('test', test):
+        for c in range(classes):
+            (d := root/split/f'class {c}').mkdir(parents=True)
+            for i in range(n):
+                im = np.full((size[1], size[0], 3), (40*c, 200 - 60*c, 90)) + g.normal(0, 20, (size[1], size[0], 3))
+                Image.fromarray(im.clip(0, 255).astype(np.uint8)).save(d/f'{i}.png')
+
+def files(): return sorted(p.name for p in (cache_dir()/'features').iterdir() if not p.name.endswith('.lock'))
+
+# features
+
+def test_features_are_made_once_and_right(monkeypatch):
+    e, s = load_encoder(ENCODER), Set()
+    x = probe.features(e, s, batch=16)
+    (cls, patches), = e.tokens(e.prepare(s.images))
+    assert np.allclose(x[:, 0], cls, atol=1e-6) and np.allclose(x[:, 1], patches.mean(1), atol=1e-6) and x.shape == (40, 2, 32)
+    assert np.allclose(probe.features(e, s, probe.patch_tokens), patches, atol=1e-6)
+    monkeypatch.setattr(e, 'tokens', None)
+    assert (probe.features(e, s, batch=7) == x).all()
+    with pytest.raises(ValueError): x[0] = 0
+
+@pytest.mark.parametrize('what', ['weights', 'data', 'layer', 'size', 'mean'])
+def test_features_are_stale_when_anything_differs(what):
+    e, s, layer = load_encoder(ENCODER), Set(), -1
+    x = np.array(probe.features(e, s))
+    e = load_encoder(ENCODER)
+    if what == 'weights':
+        with torch.no_grad(): e.model.blocks[0].mlp.fc1.weight[0, 0] += .5
+    if what == 'data': s.fingerprint, s.images = 'other', 255 - s.images
+    if what == 'layer': layer = 1
+    if what == 'size': s.images = s.images[:, :24, :24]; s.fingerprint = 'smaller'
+    if what == 'mean': e.mean = (.4, .5, .5)
+    assert not np.allclose(probe.features(e, s, layer=layer), x) and len(files()) == 2
+
+@pytest.mark.parametrize('damage', [lambda p: p.write_bytes(p.read_bytes()[:-100]), lambda p: p.write_bytes(b''), lambda p: p.write_bytes(b'noise'*40)])
+def test_damaged_features_are_made_again(damage):
+    e, s = load_encoder(ENCODER), Set()
+    x = np.array(probe.features(e, s))
+    path = cache_dir()/'features'/files()[0]
+    damage(path)
+    (path.parent/f'.{path.name}.123.tmp').write_bytes(b'of a process that was killed')
+    assert (probe.features(e, s) == x).all() and files() == [path.name]
+
+def test_features_that_are_not_finite_are_refused_and_not_kept():
+    e, s, calls = load_encoder(ENCODER), Set(), []
+    def tokens(x, layers):
+        calls.append(1)
+        cls = torch.ones(len(x), 8)
+        if len(calls) == 2: cls[3] = torch.nan
+        return [(cls, torch.ones(len(x), 4, 8))]
+    e.tokens = tokens
+    with pytest.raises(SettingsError, match='features of picture 19 of some are not finite under random:clipdino_vit_smoke'): probe.features(e, s, batch=16)
+    assert files() == []
+
+def test_a_full_or_read_only_cache_says_so(monkeypatch, tmp_path):
+    e, s = load_encoder(ENCODER), Set()
+    monkeypatch.setattr(shutil, 'disk_usage', lambda p: shutil._ntuple_diskusage(10, 9, 1 << 20))
+    with pytest.raises(SettingsError, match='the features need 0 MiB, and 1 MiB are free; set CLIPDINO_CACHE to a roomier folder'): probe.features(e, s)
+    monkeypatch.undo()
+    monkeypatch.setenv('CLIPDINO_CACHE', str(tmp_path/'cache'))
+    assert files() == []
+    if os.geteuid() == 0: pytest.skip('root may write anywhere')
+    (tmp_path/'cache'/'features').chmod(0o500)
+    with pytest.raises(CannotWrite, match='can not be written: Permission denied'): probe.features(e, s)
+
+def test_features_need_little_memory(tmp_path):
+    "400 MB of features, while the process grows by less than a tenth of that"
+    script = '''
+import numpy as np, re, torch
+import clipdino.probe as probe
+class Encoder:
+    name, size, mean, std, fingerprint = 'e', 8, (0,), (1,), 'e'
+    def prepare(self, x): return torch.from_numpy(x).float()
+    def tokens(self, x, layers): return [(x.flatten(1).repeat(1, 5)[:, :500], x.flatten(1).repeat(1, 5)[:, None, :500])]
+class Set:
+    name = fingerprint = 's'
+    def __len__(self): return 100_000
+    def batch(self, ids, size): return np.repeat(np.asarray(ids)[:, None], 192, 1).reshape(-1, 8, 8, 3).astype(np.uint8)
+def anonymous(): return int(re.search(r'RssAnon:\\s+(\\d+)', open('/proc/self/status').read())[1])
+before = anonymous()
+x = probe.features(Encoder(), Set(), batch=512)
+assert x.nbytes == 400_000_000 and x[777, 0, 3] == 777 % 256
+print(anonymous() - before)
+'''
+    if not Path('/proc/self/status').exists(): pytest.skip('memory is read from /proc')
+    grown = int(subprocess.run([sys.executable, '-c', script], check=True, capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=str(Path(probe.__file__).parent.parent))).stdout)
+    assert grown < 40_000, f'{grown} kB'
+
+# probing runs
+
+def test_a_probing_run_on_the_world(capsys):
+    pretrain(pretrain_settings('smoke', 'clip', name='c'))
+    a = probe.probe(probe.settings('smoke', encoder='c', authors=True))
+    t = a['tasks']
+    assert {'object', 'word', 'colour', 'background', 'texture', 'style', 'count', 'position', 'within families', 'within chess', 'maps of world'} <= set(t)
+    assert {'linear', 'linear_cls', 'authors', 'knn', 'zero_shot', 'tried'} <= set(t['object']) and t['position']['few_shot'].keys() >= {'1', '2'}
+    for r in t.values():
+        for how in ('linear', 'knn', 'zero_shot'):
+            if how in r: assert r[how]['interval'][0] <= r[how]['top1'] <= r[how]['interval'][1] and 0 < r[how]['chance'] < 1
+    assert t['within families']['linear']['pictures'] == sum(r['linear']['pictures'] for n, r in t.items() if n.startswith('within ') and n != 'within families')
+    assert t['style']['linear']['pictures'] % 6 == 0
+    with np.load('runs/probe-c/right.npz') as f: assert abs(f['object/linear'].mean() - t['object']['linear']['top1']) < 1e-6
+    b = probe.probe(probe.settings('smoke', encoder='random:c', name='b', against='probe-c'))
+    d = {(r['task'], r['how']): r for r in b['against']['differences']}
+    assert d['object', 'knn']['difference'] == pytest.approx(b['tasks']['object']['knn']['top1'] - t['object']['knn']['top1']) and ('object', 'zero_shot') not in d
+    before = Path('runs/probe-c/result.json').read_bytes()
+    assert probe.probe(probe.settings('smoke', encoder='c', authors=True)) == a and 'is complete' in capsys.readouterr().out
+    with pytest.raises(SettingsError, match='begun with other settings: train was 96 and is now 128'): probe.probe(probe.settings('smoke', encoder='c', authors=True, train=128))
+    shutil.rmtree('runs/probe-c')
+    again = probe.probe(probe.settings('smoke', encoder='c', authors=True))
+    assert {k: v for k, v in again.items() if k != 'environment'} == {k: v for k, v in a.items() if k != 'environment'}
+
+def test_folders_shifted_sets_and_maps(tmp_path):
+    picture_folder(tmp_path/'mine')
+    g = np.random.default_rng(0)
+    for name, n in (*((f'data_batch_{k}.bin', 8) for k in range(1, 6)), ('test_batch.bin', 10)):
+        (tmp_path/'c10').mkdir(exist_ok=True)
+        (tmp_path/'c10'/name).write_bytes(b''.join(bytes([i % 10]) + g.integers(0, 256, 3072, np.uint8).tobytes() for i in range(n*2)))
+    (tmp_path/'c10'/'batches.meta.txt').write_text('\n'.join('airplane automobile bird cat deer dog frog horse ship truck'.split()) + '\n')
+    (tmp_path/'c101').mkdir()
+    np.save(tmp_path/'c101'/'cifar10.1_v6_data.npy', g.integers(0, 256, (12, 32, 32, 3), np.uint8))
+    np.save(tmp_path/'c101'/'cifar10.1_v6_labels.npy', np.arange(12, dtype=np.int32) % 10)
+    for split, n in ('train', 12), ('test', 4):
+        for d in 'images', 'labels': (tmp_path/'m'/d/split).mkdir(parents=True)
+        for i in range(n):
+            y = np.kron(g.integers(0, 2, (4, 4)), np.ones((8, 8))).astype(np.uint8)
+            Image.fromarray((y*200)[..., None].repeat(3, 2)).save(tmp_path/'m'/'images'/split/f'{i}.png')
+            Image.fromarray(y).save(tmp_path/'m'/'labels'/split/f'{i}.png')
+    r = probe.probe(probe.settings('smoke', encoder=ENCODER, data=f'{tmp_path}/mine, cifar10:{tmp_path}/c10, cifar10.1:{tmp_path}/c101, maps:{tmp_path}/m'))['tasks']
+    assert r['mine']['linear']['top1'] > .9 and r['cifar10.1']['linear']['pictures'] == 12 and r['cifar10.1']['linear']['setting'] == r['cifar10']['linear']['setting']
+    assert r['maps of m']['miou'] > r['maps of m']['constant'] + .2
+    with pytest.raises(SettingsError, match='scored with the probe of cifar10: put cifar10:PATH before it'): probe.probe(probe.settings('smoke', encoder=ENCODER, name='b', data=f'cifar10.1:{tmp_path}/c101'))
+
+@pytest.mark.parametrize('given, said', [
+    (dict(encoder='no-such-thing'), "'no-such-thing' names no encoder"),
+    (dict(encoder=ENCODER, data='cifar:x'), 'no set is called cifar .did you mean cifar10'),
+    (dict(encoder=ENCODER, data=' , '), 'data names no set'),
+    (dict(encoder=ENCODER, layer=3), 'layer 3 is not there: random:clipdino_vit_smoke has layers 1 to 2'),
+    (dict(encoder=ENCODER, against='nothing'), 'nothing is no finished probing run')])
+def test_what_a_probing_run_refuses(given, said):
+    with pytest.raises(SettingsError, match=said): probe.probe(probe.settings('smoke', **given))
+    assert not list(Path('.').glob('runs/*/result.json'))
+
+def test_one_class_is_refused(tmp_path):
+    picture_folder(tmp_path/'one', classes=1)
+    with pytest.raises(SettingsError, match='a probe takes at least two'): probe.probe(probe.settings('smoke', encoder=ENCODER, data=f'{tmp_path}/one'))
+
+# analyses
+
+def test_an_analysis_of_the_world():
+    run = analysis.settings('smoke', encoders=f'{ENCODER},random:clipdino_vit_mini', name='a')
+    r = analysis.analyse(run)
+    assert len(r['sensitivity']) == 2*len(analysis.CHANGED) and len(r['symbols']) == 6 and len(r['conflicts']) == 2 and len(r['structure']['rows']) == 2
+    for s in 'first', 'second':
+        assert {'object', 'style', 'colour'} <= {q['factor'] for q in r['disagreement'][s]['shared']} and Path(f'runs/a/pairs-{s}-ranks.csv').exists()
+    assert np.array(r['structure']['cka'][0]['layers']).shape == (2, 3)
+    shutil.copytree('runs/a', 'runs/kept')
+    shutil.rmtree('runs/a')
+    again = analysis.analyse(run)
+    assert {k: v for k, v in again.items() if k != 'environment'} == {k: v for k, v in r.items() if k != 'environment'}
+    assert Path('runs/a/pairs-first-ranks.csv').read_bytes() == Path('runs/kept/pairs-first-ranks.csv').read_bytes()
+    with pytest.raises(SettingsError, match='begun with other settings: scenes was 12 and is now 13'): analysis.analyse(analysis.settings('smoke', encoders=run.encoders, name='a', scenes=13))
+
+def test_pairs_of_folders_and_shards(tmp_path):
+    picture_folder(tmp_path/'mine', test=5)
+    (tmp_path/'shards').mkdir()
+    for k in range(2): shard(tmp_path/'shards'/f'{k}.tar', 12*k, 12)
+    for data in f'{tmp_path}/mine', f'{tmp_path}/shards':
+        r = analysis.analyse(analysis.settings('smoke', encoders=f'{ENCODER},random:clipdino_vit_mini', name=Path(data).name, data=data, pairs=20))['disagreement']
+        assert r['pictures'] > 10 and [q['factor'] for q in r['first']['shared']] == (['class'] if 'mine' in data else [])
+    with pytest.raises(SettingsError, match='k=500 pairs are wanted, but 15 pictures have 105'):
+        analysis.analyse(analysis.settings('smoke', encoders=f'{ENCODER},random:clipdino_vit_mini', name='b', data=f'{tmp_path}/mine', pairs=500))
+    with pytest.raises(SettingsError, match='no shards at'): analysis.analyse(analysis.settings('smoke', encoders=f'{ENCODER},random:clipdino_vit_mini', name='c', data=f'{tmp_path}/nowhere'))
+    assert not Path('runs/b/result.json').exists()
