@@ -102,9 +102,9 @@ def run_dir(name:str)->Path:
     return d
 
 def cache_dir()->Path:
-    "Where rendered worlds and shard indices are kept: `$CLIPDINO_CACHE`, else `~/.cache/clipdino`"
+    "Where rendered worlds, shard indices and features are kept: `$CLIPDINO_CACHE`, else `~/.cache/clipdino`"
     d = Path(os.environ.get('CLIPDINO_CACHE') or Path.home()/'.cache'/'clipdino')
-    d.mkdir(parents=True, exist_ok=True)
+    with writing(d): d.mkdir(parents=True, exist_ok=True)
     return d
 
 # %% ../nbs/00_core.ipynb #dc1f388c

@@ -85,22 +85,21 @@ def patch_tokens(encoder:Encoder, x, layer:int)->torch.Tensor: # (B, N, D)
 def fill(path:Path, encoder:Encoder, source, what, layer:int, batch:int):
     "Write the features of all pictures of `source` into the .npy file `path`, whole"
     n, ids = len(source), [np.arange(a, min(a + batch, len(source))) for a in range(0, len(source), batch)]
-    check(n > 0, 'a set without pictures has no features')
+    check(n > 0, f'{source.name} has no pictures')
     shown, begun = Progress(n), time.time()
-    with ThreadPoolExecutor(1) as ex, whole(path) as tmp:
-        ahead, out = ex.submit(source.batch, ids[0], encoder.size), None
+    with ThreadPoolExecutor(1) as ex, whole(path) as tmp, open(tmp, 'wb') as f:
+        ahead = ex.submit(source.batch, ids[0], encoder.size)
         for rows, later in zip(ids, [*ids[1:], None]):
             images, ahead = ahead.result(), later is not None and ex.submit(source.batch, later, encoder.size)  # the next pictures are read meanwhile
             x = what(encoder, encoder.prepare(images), layer).float().cpu().numpy()
             bad = ~np.isfinite(x).reshape(len(x), -1).all(1)
             check(not bad.any(), f'features of picture {rows[bad.argmax()]} of {source.name} are not finite under {encoder.name}')
-            if out is None:
+            if not rows[0]:
                 need, free = 4*n*x[0].size, shutil.disk_usage(path.parent).free
                 check(need < free - 2**28, f'the features need {need/2**20:.0f} MiB, and {free/2**20:.0f} MiB are free; set CLIPDINO_CACHE to a roomier folder')
-                out = np.lib.format.open_memmap(tmp, 'w+', np.float32, (n, *x.shape[1:]))
-            out[rows] = x
+                np.lib.format.write_array_header_1_0(f, dict(descr='<f4', fortran_order=False, shape=(n, *x.shape[1:])))
+            f.write(np.ascontiguousarray(x, '<f4'))
             if time.time() - begun > 20: shown(int(rows[-1]) + 1, of=source.name)
-        out.flush()
 
 def features(encoder:Encoder, source, what=pooled, layer:int=-1, batch:int=256)->np.ndarray: # (n, 2, D), or (n, N, D) of patch tokens; read-only memory map
     "The features of a set of pictures (with `name`, `fingerprint`, length and `batch(ids, size)`), made unless they are there"

@@ -1,5 +1,5 @@
 "Probing and analysing: the cache of features, whole runs on every kind of data, and what is refused."
-import os, shutil, subprocess, sys
+import os, resource, shutil, subprocess, sys
 from pathlib import Path
 
 import numpy as np
@@ -93,12 +93,19 @@ def test_a_full_or_read_only_cache_says_so(monkeypatch, tmp_path):
     e, s = load_encoder(ENCODER), Set()
     monkeypatch.setattr(shutil, 'disk_usage', lambda p: shutil._ntuple_diskusage(10, 9, 1 << 20))
     with pytest.raises(SettingsError, match='the features need 0 MiB, and 1 MiB are free; set CLIPDINO_CACHE to a roomier folder'): probe.features(e, s)
+    assert files() == []
     monkeypatch.undo()
     monkeypatch.setenv('CLIPDINO_CACHE', str(tmp_path/'cache'))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # as on a disk that gets full in the middle
+    try:
+        with pytest.raises(CannotWrite, match='npy can not be written: File too large. Nothing was lost; make room'): probe.features(e, s)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert files() == []
+    assert probe.features(e, s).shape == (40, 2, 32)
     if os.geteuid() == 0: pytest.skip('root may write anywhere')
     (tmp_path/'cache'/'features').chmod(0o500)
-    with pytest.raises(CannotWrite, match='can not be written: Permission denied'): probe.features(e, s)
+    with pytest.raises(CannotWrite, match='can not be written: Permission denied'): probe.features(e, s, layer=1)
 
 def test_features_need_little_memory(tmp_path):
     "400 MB of features, while the process grows by less than a tenth of that"
