@@ -8,11 +8,11 @@ __all__ = ['SIZES', 'CHANGED', 'SIDE', 'SYMBOLS', 'STRUCTURE', 'AnalysisRun', 's
            'uniformity', 'dimensions', 'class_ratio', 'alignment', 'all_layers', 'structure', 'conflict', 'conflicts',
            'show_conflicts', 'ShardPictures', 'First', 'open_pictures', 'disagreement', 'analyse', 'dots', 'names_in',
            'show_sensitivity', 'show_similarities', 'show_shared', 'show_gallery', 'show_cka', 'patch_colours',
-           'show_patches']
+           'show_patches', 'collect', 'show_objectives']
 
 # %% ../nbs/04_analysis.ipynb #8bd165a4
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from itertools import combinations, product
 from pathlib import Path
 
@@ -25,12 +25,12 @@ from PIL import Image
 from scipy.stats import binomtest
 from torch.nn import functional as F
 
-from .core import Settings, SettingsError, check, digest, environment, in_test, injected, one_of, read_json, run_dir, say, theme, whole, write_json
+from .core import Settings, SettingsError, check, digest, environment, in_test, injected, one_of, read_json, root, run_dir, say, theme, whole, write_json
 from .data import Shards, middle
 from .encoders import Encoder, load_encoder
 from .pairs import THRESHOLDS, Pairs, by_ranks, by_thresholds, distinct, shared
 from .pretrain import check_settings
-from .probe import Pictures, device_of, features
+from .probe import Pictures, device_of, features, over_seeds, slug
 from .readouts import linear_probe
 from .sets import open_set
 from .views import View, make_views
@@ -66,7 +66,7 @@ class AnalysisRun(Settings):
     @property
     def names(self)->list: return [e for e in (p.strip() for p in self.encoders.split(',')) if e]
     @property
-    def folder_name(self)->str: return self.name or 'analysis-' + '-'.join(''.join(c if c.isalnum() or c in '-_.' else '-' for c in n.rstrip('/').rpartition('/')[2]) for n in self.names)
+    def folder_name(self)->str: return self.name or '-'.join(['analysis', *map(slug, self.names)])
 
 SIZES = dict(smoke=dict(canvas=32, pictures=64, scenes=12, train=96, pairs=50), mini={}, small=dict(canvas=144, pictures=32768, scenes=2048, train=16384), paper=dict(canvas=224, pictures=100_000, scenes=2048, train=16384))
 
@@ -413,3 +413,29 @@ def show_patches(run:AnalysisRun, n:int=8):
     for line, (label, pictures) in zip(axes, rows):
         for ax, im in zip(line, pictures): ax.imshow(im, cmap='viridis'); ax.set(xticks=[], yticks=[])
         line[0].set_ylabel(label, rotation=0, ha='right', va='center', size=8)
+
+# %% ../nbs/04_analysis.ipynb #573d02df
+def collect(folders)->pd.DataFrame: # finished analyses
+    "The numbers of several analyses, one row for each encoder and question"
+    rows = []
+    for d in sorted(map(Path, folders)):
+        r = read_json(d/'result.json')
+        def add(encoder, what, row, value, interval=(None, None)): rows.append(dict(encoder=encoder, what=what, row=row, value=value, low=interval[0], high=interval[1], commit=r['environment']['commit']))
+        for v in r['sensitivity']: add(v['encoder'], 'sensitivity', v['factor'], v['ratio'], v['interval'])
+        for v in r['symbols']: add(v['encoder'], 'similarity', v['differs'], v['similarity'], v['interval'])
+        for v in r['conflicts']: add(v['encoder'], 'conflict', 'shape_bias', v['shape_bias'], v['interval']), add(v['encoder'], 'conflict', 'shape', v['shape']), add(v['encoder'], 'conflict', 'ordinary', v['ordinary'])
+        for v in r['structure']['rows']: [add(v['encoder'], 'structure', k, x) for k, x in v.items() if k != 'encoder']
+        for side in 'first', 'second':
+            for v in r['disagreement'][side]['shared']: add(r['disagreement'][side]['alike_for'], 'shared', v['factor'], v['share'], (v['low'], v['high'])), add(r['disagreement'][side]['alike_for'], 'shared by any two', v['factor'], v['of_all'])
+    return pd.DataFrame(rows).round(5)
+
+def show_objectives(runs:pd.DataFrame): # from `collect`
+    "Sensitivity and similarities by objective: mean and range over seeds"
+    fig, (a, b) = plt.subplots(1, 2, figsize=(9, 4.6), width_ratios=(3, 2))
+    over_seeds(a, runs[runs.what == 'sensitivity'], list(CHANGED), 1.)
+    a.axvline(1, color='grey', lw=1, ls=':')
+    a.set(xlabel='distance moved / distance of unrelated scenes', xlim=(0, None), title='one factor changed')
+    over_seeds(b, runs[runs.what == 'similarity'], ['symbol', 'colour', 'style'], 1.)
+    b.set_yticklabels(['distinct\nsymbols', 'colours of\na symbol', 'styles of\na symbol'])
+    b.set(xlabel='mean cosine similarity', title='symbols')
+    b.legend(loc='center left', bbox_to_anchor=(1, .5))
