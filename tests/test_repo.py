@@ -1,5 +1,5 @@
 "The notebooks, the package, the README and the run command stay in step."
-import hashlib, json, os, re, shutil, subprocess, sys
+import hashlib, importlib, json, os, re, shutil, subprocess, sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -59,10 +59,11 @@ def test_every_notebook_is_on_the_site_and_in_the_readme():
     for text in (root/'_quarto.yml').read_text(), (root/'README.md').read_text():
         for p in notebooks: assert f'nbs/{p.name}' in text
 
-def test_every_setting_is_a_parameter():
-    from clipdino.pretrain import Pretrain
-    tagged, = [c for c in cells(root/'nbs/02_pretrain.ipynb') if 'parameters' in c['metadata'].get('tags', [])]
-    assert sorted(re.findall(r'^(\w+) = ', source(tagged), re.M)) == sorted(f.name for f in fields(Pretrain))
+@pytest.mark.parametrize('page, module, name', [('02_pretrain', 'pretrain', 'Pretrain'), ('03_probe', 'probe', 'ProbeRun'), ('04_analysis', 'analysis', 'AnalysisRun')])
+def test_every_setting_is_a_parameter(page, module, name):
+    settings = getattr(importlib.import_module(f'clipdino.{module}'), name)
+    tagged, = [c for c in cells(root/f'nbs/{page}.ipynb') if 'parameters' in c['metadata'].get('tags', [])]
+    assert sorted(re.findall(r'^(\w+) = ', source(tagged), re.M)) == sorted(f.name for f in fields(settings))
 
 def test_the_readme_has_two_commands():
     "One ends with the main job run, one with the tests passed; CI takes the second from here"
