@@ -367,11 +367,11 @@ def show_shared(result:dict):
     ax.set(xlabel='pairs that agree in the factor, %', xlim=(0, 100), title=f'the {d["kept"]:,} pairs of most different rank among {d["pairs"]:,}, each picture once')
     ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
 
-def show_gallery(run:AnalysisRun, result:dict, n:int=8, size:int=96):
+def show_gallery(run:AnalysisRun, result:dict, n:int=6, size:int=96):
     "The first pairs of each side, with both similarities"
     source, _ = open_pictures(run)
     folder, names = run_dir(run.folder_name), names_in(result)
-    fig = plt.figure(figsize=(n*1.12, 6.4))
+    fig = plt.figure(figsize=(n*1.12, 5.4))
     for half, side in zip(fig.subfigures(2, 1, hspace=.03), ('first', 'second')):
         t = distinct(pd.read_csv(folder/f'pairs-{side}-ranks.csv'), n)
         axes = half.subplots(2, n, squeeze=False)
