@@ -34,7 +34,7 @@ from .probe import Pictures, device_of, features, over_seeds, picture, slug
 from .readouts import linear_probe
 from .sets import open_set
 from .views import View, make_views
-from .world import (COLOURS, FACTORS, HUES, NAMES, OBJECTS, STYLES, background, angle_of, counterfactual, ink, object_mask, place, render, scene, shade, stylise, tones)
+from .world import (COLOURS, HUES, NAMES, OBJECTS, STYLES, background, angle_of, counterfactual, ink, object_mask, place, render, scene, shade, stylise, tones)
 
 # %% ../nbs/04_analysis.ipynb #cba4c8f8
 @dataclass(frozen=True)
@@ -303,6 +303,7 @@ def analyse(run:AnalysisRun)->dict:
     for e, n in zip(encoders, run.names):
         if sum(o.name == e.name for o in encoders) > 1: e.name = n
     folder = run_dir(run.folder_name)
+    if not (folder/'result.json').exists(): (folder/'settings.json').unlink(missing_ok=True)  # an attempt that did not end binds nobody
     check_settings(folder, run, digest([e.fingerprint for e in encoders]))
     if (folder/'result.json').exists():
         say(f'{folder.name} is complete; delete its folder to run it again')

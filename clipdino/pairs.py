@@ -7,7 +7,7 @@ __all__ = ['THRESHOLDS', 'REFERENCE', 'MARGIN', 'TILE', 'unit', 'Pairs', 'Best',
            'distinct', 'shared']
 
 # %% ../nbs/04_pairs.ipynb #da6dced1
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -15,7 +15,7 @@ import torch
 from scipy.stats import binomtest
 from torch.nn import functional as F
 
-from .core import check, generator, one_of
+from .core import check, generator
 
 # %% ../nbs/04_pairs.ipynb #6cb18ff9
 THRESHOLDS = dict(  # ((first encoder above, second below), (second above, first below)); the first encoder is CLIP

@@ -296,6 +296,9 @@ def probe(run:ProbeRun)->dict:
     for spec in specs(run):
         if spec != 'world' and not spec.startswith('maps:'): split_spec(spec)
     encoder, folder = load_encoder(run.encoder, device_of(run.device)), run_dir(run.folder_name)
+    other = folder.parent/run.against
+    check(not run.against or (other/'result.json').exists(), f'{run.against} is no finished probing run to compare with')
+    if not (folder/'result.json').exists(): (folder/'settings.json').unlink(missing_ok=True)  # an attempt that did not end binds nobody
     check_settings(folder, run, encoder.fingerprint)
     if (folder/'result.json').exists():
         say(f'{folder.name} is complete; delete its folder to run it again')
@@ -303,7 +306,7 @@ def probe(run:ProbeRun)->dict:
     results, right, maps = probe_all(encoder, run)
     about = dict(name=encoder.name, fingerprint=encoder.fingerprint, size=encoder.size, dim=encoder.dim, depth=encoder.depth, layer=run.layer)
     result = dict(name=run.folder_name, encoder=about, tasks=results, environment=environment())
-    if run.against: result['against'] = dict(name=run.against, differences=compare(results, right, run_dir(run.against)).to_dict('records'))
+    if run.against: result['against'] = dict(name=run.against, differences=compare(results, right, other).to_dict('records'))
     save_arrays(folder/'right.npz', {f'{t}/{how}': v for t, r in right.items() for how, v in r.items()})
     if maps: save_arrays(folder/'maps.npz', {f'{t}/{k}': v for t, m in maps.items() for k, v in m.items()})
     write_json(folder/'result.json', result)
@@ -312,7 +315,6 @@ def probe(run:ProbeRun)->dict:
 # %% ../nbs/03_probe.ipynb #aec5aebc
 def compare(results:dict, right:dict, other:Path)->pd.DataFrame: # of this run; folder of another, finished one
     "Differences to another run, this minus other, on tasks that both have with the same test pictures"
-    check((other/'result.json').exists(), f'{other.name} is no finished probing run to compare with')
     theirs, rows = read_json(other/'result.json')['tasks'], []
     with np.load(other/'right.npz') as f:
         for key in f.files:

@@ -183,7 +183,15 @@ def test_folders_shifted_sets_and_maps(tmp_path):
     (dict(encoder=ENCODER, against='nothing'), 'nothing is no finished probing run')])
 def test_what_a_probing_run_refuses(given, said):
     with pytest.raises(SettingsError, match=said): probe.probe(probe.settings('smoke', **given))
-    assert not list(Path('.').glob('runs/*/result.json'))
+    assert not list(Path('.').glob('runs/*/result.json')) and not Path('runs/nothing').exists()
+
+def test_a_mistake_can_be_mended_under_the_same_name(tmp_path):
+    picture_folder(tmp_path/'mine')
+    for data in 'nowhere', f'{tmp_path}/mine':
+        run = probe.settings('smoke', encoder=ENCODER, name='x', data=data)
+        if data == 'nowhere':
+            with pytest.raises(SettingsError, match='no shards at nowhere'): probe.probe(run)
+        else: assert probe.probe(run)['tasks']['mine']['linear']['pictures'] == 24
 
 def test_one_class_is_refused(tmp_path):
     picture_folder(tmp_path/'one', classes=1)
