@@ -45,10 +45,10 @@ WORDINGS = ('Describe the picture in a few words.', 'What does this picture show
 _WORDING, _FORM, _ORDER, _WITHIN = 21, 22, 23, 24  # keep these hashes apart from others of the same keys
 
 class WorldSquares:
-    "The pictures of a world, made into squares of the encoder's size as all pictures of a VLM are"
-    def __init__(self, world:World):
-        self.images = world.images
-        self.name, self.fingerprint = f'world {world.kinds}, {world.split}', digest('squares', World(world.split, world.n, world.size, world.seed, kinds=world.kinds).fingerprint)  # whatever is said of them
+    "The training pictures of the world, whatever is said of them, made into squares of the encoder's size as all pictures of a VLM are"
+    def __init__(self, n:int, canvas:int, seed:int=0):
+        world = World('train', n, canvas, seed)
+        self.images, self.name, self.fingerprint = world.images, 'world', digest('squares', world.fingerprint)
     def __len__(self): return len(self.images)
     def batch(self, ids, size:int)->np.ndarray: return squares([Image.fromarray(self.images[i]) for i in ids], size)
 
@@ -56,7 +56,7 @@ class WorldCaptions(Chats):
     "Training pictures of the world, described"
     def __init__(self, n:int, canvas:int, seed:int=0, captions:str='web'):
         self.world = World('train', n, canvas, seed, captions)
-        super().__init__(f'world captions, {captions}', digest(self.world.fingerprint, WORDINGS), WorldSquares(self.world))
+        super().__init__(f'world captions, {captions}', digest(self.world.fingerprint, WORDINGS), WorldSquares(n, canvas, seed))
     def __len__(self): return len(self.world)
     def turns(self, i:int)->list: return [(WORDINGS[int(mix(_WORDING, i)) % len(WORDINGS)], self.world.captions[i])]
     def picture_id(self, i:int)->int: return i
@@ -246,9 +246,9 @@ class LlavaJson(Chats):
 class Joined:
     "Several sets of pictures as one"
     def __init__(self, parts:list):
-        self.parts, self.ends = parts, np.cumsum([len(p) for p in parts])
+        self.parts, self.ends = parts, np.cumsum([0, *(len(p) for p in parts)])[1:]
         self.name, self.fingerprint = ' + '.join(p.name for p in parts), digest([p.fingerprint for p in parts])
-    def __len__(self): return int(self.ends[-1])
+    def __len__(self): return sum(len(p) for p in self.parts)
     def start(self, k:int)->int: return int(self.ends[k]) - len(self.parts[k])
     def batch(self, ids, size:int)->np.ndarray: # (B, size, size, 3) uint8
         ids = np.asarray(ids, np.int64)
@@ -261,9 +261,10 @@ class Mixed(Chats):
     def __init__(self, chats:list):
         check(chats, 'Mixed needs at least one source of conversations')
         self.chats, self.ends = chats, np.cumsum([len(c) for c in chats])
-        sets = {c.pictures.fingerprint: c.pictures for c in chats}
+        sets = {c.pictures.fingerprint: c.pictures for c in chats if len(c.pictures)}
         super().__init__(' + '.join(c.name for c in chats), digest([c.fingerprint for c in chats]), Joined(list(sets.values())))
-        self.starts = [self.pictures.start(list(sets).index(c.pictures.fingerprint)) for c in chats]
+        starts = {key: self.pictures.start(k) for k, key in enumerate(sets)}
+        self.starts = [starts.get(c.pictures.fingerprint, 0) for c in chats]
         self.missing = sum((c.missing for c in chats), Counter())
     def _find(self, i:int)->tuple: # -> which source, row in it
         k = int(np.searchsorted(self.ends, i, 'right'))
@@ -337,7 +338,8 @@ class Form:
     def _plain(self, turns:list, picture:bool)->tuple:
         check(len(turns) == 1, f'the plain form is for captions, and this conversation has {len(turns)} turns')
         begin, caption = self.bos + MARK*picture, turns[0][1]
-        return (begin, []) if caption is None else (begin + caption + self.tokenizer.eos_token, [(len(begin), len(begin + caption + self.tokenizer.eos_token))])
+        text = begin if caption is None else begin + caption + self.tokenizer.eos_token
+        return text, [(len(begin), len(text))]
 
     def _joined(self, written:list)->tuple: # a conversation up to its first question, first answer, second question ...
         for a, b in zip(written, written[1:]):
@@ -363,7 +365,7 @@ class Form:
         last = ids[ends[0]] if len(ends) else -1
         check(last in own, f'the chat template does not end an answer with a token of its own but with {self.tokenizer.decode([max(last, 0)])!r}, so a model could not learn to stop; {_INSTEAD}')
         (ask, _), = self([([(turns[0][0], None)], picture)])
-        check((ids[:len(ask)] == ask).all(), f'the end of the chat template\'s prompt melts into the answer\'s first token, so a model would be asked in tokens that it was not trained on; {_INSTEAD}')
+        check(ids[:len(ask)].tolist() == ask.tolist(), f'the end of the chat template\'s prompt melts into the answer\'s first token, so a model would be asked in tokens that it was not trained on; {_INSTEAD}')
 
 def loss_mask(offsets:np.ndarray, spans:list)->np.ndarray: # (N, 2) first and last character of each token; [(begin, end)] -> (N,) bool
     "The tokens that stand for any character of `spans`; never the first, which nothing predicts"
@@ -451,7 +453,7 @@ class Batches:
         "Lengths, numbers of targets, and which conversations have any, with the picture's tokens and within the context"
         length, at, _, first, targets = self.info.T.astype(np.int64)
         more, self.starts = (self.image_tokens - 1)*(at >= 0), length.cumsum() - length
-        deep = at.max() + self.image_tokens
+        deep = at.max() + self.image_tokens if (at >= 0).any() else 0
         check(deep <= self.context, f'context={self.context} has no room for the {self.image_tokens} tokens of a picture, which end at token {deep}')
         self.cut = np.flatnonzero(length + more > self.context)
         self.lengths, self.targets = np.minimum(length + more, self.context), targets.copy()

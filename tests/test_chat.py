@@ -6,7 +6,7 @@ from itertools import accumulate
 import numpy as np
 import pytest
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 import clipdino.chat as chat
@@ -203,6 +203,12 @@ def test_several_sources_as_one(tmp_path):
     assert m.turns(9) == [('a', 'b')] and m.turns(11) == AnyQuestions(q, 'text').turns(0) and m.missing == c.missing and list(m.unusable()) == c.bad
     assert (m.pictures.batch([16, 8], 24)[0] == 7).all() and (m.pictures.batch([16, 8], 24)[1] == c.pictures.batch([0], 24)[0]).all()
 
+def test_sources_without_pictures(tmp_path):
+    c = LlavaJson(*written(tmp_path, [dict(conversations=said('a', 'b'))], ()))
+    m = Mixed([c, Lists([([('c', 'd')], 7)])])
+    assert len(c.pictures) == 0 and m.pictures.parts == [m.chats[1].pictures] and [m.picture_id(i) for i in (0, 1)] == [-1, 7]
+    assert len(Mixed([c]).pictures) == 0 and Mixed([c]).picture_id(0) == -1
+
 # ---- tokens
 
 TURNS = [('What', 'a cat'), ('Where', 'there')]
@@ -253,6 +259,22 @@ def test_targets_are_the_answers_and_their_ends(template, end, gap):
         for k in range(len(turns)):  # what a model is asked is how the conversation began
             ask, none = render(t, [*turns[:k], (turns[k][0], None)], picture, 5)
             assert (ids[:len(ask)] == ask).all() and (none == loss[:len(ask)]).all() and loss[len(ask)]
+
+@pytest.mark.parametrize('legacy', [True, False])
+def test_sentencepiece_and_characters_in_bytes(legacy):
+    "As Llama's tokenizers put spaces: before a text and after each special token, or before a text alone"
+    t = Tokenizer(models.BPE(byte_fallback=True, unk_token='<unk>', fuse_unk=True))
+    if legacy: t.normalizer, t.pre_tokenizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')]), pre_tokenizers.Split('▁', 'merged_with_next')
+    else: t.pre_tokenizer = pre_tokenizers.Metaspace('▁', prepend_scheme='first')
+    t.train_from_iterator(['USER: what is it ASSISTANT: a cat. it is there']*30, trainers.BpeTrainer(vocab_size=400, special_tokens=['<unk>', *SPECIAL, *(f'<0x{i:02X}>' for i in range(256))], show_progress=False))
+    t.post_processor = processors.TemplateProcessing(single='<s> $A', special_tokens=[('<s>', t.token_to_id('<s>'))])
+    t = PreTrainedTokenizerFast(tokenizer_object=t, bos_token='<s>', eos_token='</s>', unk_token='<unk>')
+    turns = [('what is it', 'a cat. 日'), ('is it', 'it is there')]
+    got = shown(t, turns, True, 2, template='vicuna')
+    user = '▁USER:' if legacy else 'USER :'
+    assert got.startswith('<s> ') and got.count('<s>') == 1
+    assert got.endswith(f'▁ASSISTANT: [▁a] [▁cat.] [▁] [<0xE6>] [<0x97>] [<0xA5>] [</s>] {user} ▁is ▁it ▁ASSISTANT: [▁it] [▁is] [▁there] [</s>]')
+    assert shown(t, turns[:1], True, 2, plain=True) == '<s> <image> <image> ' + ('[▁a]' if legacy else '[a]') + ' [▁cat.] [▁] [<0xE6>] [<0x97>] [<0xA5>] [</s>]'
 
 def test_one_by_one_or_many_at_once():
     form = chat.Form(pieces(QWEN2))
@@ -368,7 +390,7 @@ def test_padding_never_exceeds_the_context(): assert batches(lengths_of(16, 100,
 def test_settings_that_are_refused(how, what):
     with pytest.raises(SettingsError, match=what): batches(lengths_of(40, 6, .8), **how)
 
-def test_the_room_for_pictures_is_asked_where_there_are_any(): assert len(batches(lengths_of(40, 1, .1, pictures=0), context=7)) == 5
+def test_the_room_for_pictures_is_asked_where_there_are_any(): assert len(batches(lengths_of(40, 1, .1, pictures=0), tokens=40, context=7)) == 5
 
 @pytest.mark.parametrize('how', [dict(plain=True), dict(template='vicuna'), dict(template='chatml')], ids=str)
 def test_waste_on_the_world(how):
