@@ -22,13 +22,14 @@ import pandas as pd
 import seaborn as sns
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (AutoModelForImageTextToText, AutoProcessor, CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor,
                           PreTrainedTokenizerFast)
 from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 from transformers.utils import logging
 
-from .core import Metrics, Progress, Settings, check, digest, environment, in_test, injected, np_rng, one_of, read_json, root, run_dir, say, sync, theme, uniform, whole, write_json, writing
+from .core import Metrics, Progress, Settings, SettingsError, check, digest, environment, in_test, injected, np_rng, one_of, read_json, root, run_dir, say, sync, theme, uniform, whole, write_json, writing
 from .encoders import folder_of
 from .pretrain import check_settings, tensors_digest
 from .probe import device_of, over_seeds, slug
@@ -99,23 +100,25 @@ def load_vlm(name:str|Path, device='cpu', precision:str='auto')->VLM: # a run, o
         check((folder/'result.json').exists() or not (folder/'settings.json').exists(), f'the run {folder.name} is not finished: it has no result.json')
     half = precision == 'bf16' or precision == 'auto' and torch.device(device).type == 'cuda'
     try:
-        model = AutoModelForImageTextToText.from_pretrained(folder or name, dtype=torch.bfloat16 if half else torch.float32, use_safetensors=True)
+        model, info = AutoModelForImageTextToText.from_pretrained(folder or name, dtype=torch.bfloat16 if half else torch.float32, use_safetensors=True, output_loading_info=True)
         processor = AutoProcessor.from_pretrained(folder or name)
-    except (OSError, ValueError) as e:
-        check(False, f'vlm={name!r} is no run, folder or hub name of an image-text-to-text model that can be opened here ({str(e).strip().splitlines()[0][:200]})')
+    except (OSError, ValueError, SafetensorError) as e:
+        raise SettingsError(f'vlm={name!r} is no run, folder or hub name of an image-text-to-text model that can be opened here ({str(e).strip().splitlines()[0][:200]})') from None
+    lacks = sorted(info['missing_keys'])  # transformers would make them up
+    check(not lacks, f'{name} lacks {len(lacks)} of its weights, {lacks[:1]} among them')
     check(getattr(processor, 'chat_template', None), f'the processor of {name} has no chat template, so nobody can know how it wants to be asked')
     tokenizer, own = processor.tokenizer, model.generation_config
     eos = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
     model.generation_config = GenerationConfig(do_sample=False, num_beams=1, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
-    mark = digest(tensors_digest({k: v.cpu() for k, v in model.state_dict().items()}), processor.chat_template, processor.image_processor.to_json_string())
+    mark = digest(tensors_digest({k: v.cpu() for k, v in model.state_dict().items()}), processor.chat_template, processor.image_processor.to_json_string(), tokenizer.get_vocab())
     then = read_json(folder/'settings.json') if folder and (folder/'settings.json').exists() else {}
     about = {k: then[k] for k in ('encoder', 'llm', 'seed', 'preset') if k in then}
     return VLM(folder.name if folder else name, model.to(device).eval(), processor, mark, dict(about, parameters=model.num_parameters()))
 
 # %% ../nbs/06_vmcbench.ipynb #594b0c59
-TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ m.role }}: {% for c in m.content %}{{ '<image>\n' if c.type == 'image' else c.text }}{% endfor %}"
-            "{{ eos_token if m.role == 'assistant' else '\n' }}{% endfor %}{{ 'assistant: ' if add_generation_prompt }}")
+TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ m.role }}:\n{% for c in m.content %}{{ '<image>\n' if c.type == 'image' else c.text }}{% endfor %}"
+            "{{ eos_token if m.role == 'assistant' else '\n' }}{% endfor %}{{ 'assistant:\n' if add_generation_prompt }}")
 
 def made_tokenizer(texts, vocab:int)->PreTrainedTokenizerFast:
     "Byte-pair encoding of `texts`"
@@ -170,7 +173,7 @@ def letter_ids(vlm:VLM, row:dict, blind:bool=False)->list:
         if any(i[:len(start)] != start or len(i) == len(start) for i in ids): continue  # the template ends or the tokens merge otherwise
         first = [i[len(start)] for i in ids]
         if len(set(first)) == 4: return first
-    check(False, f'the tokenizer of {vlm.name} does not go on from the prompt by four different tokens for {", ".join(LETTERS)}; give how=generate')
+    raise SettingsError(f'the tokenizer of {vlm.name} does not go on from the prompt by four different tokens for {", ".join(LETTERS)}; give how=generate')
 
 def order_of(vlm:VLM, rows:list)->list:
     "Positions by length of the prompt, longest first"
@@ -191,17 +194,17 @@ def ask(vlm:VLM, x, letters:list, how:str='both', max_new_tokens:int=16)->list: 
     new, device = 1 if how == 'likelihood' else max_new_tokens, vlm.model.device
     x = {k: v.to(device, vlm.model.dtype if v.is_floating_point() else None) for k, v in x.items()}
     out = vlm.model.generate(**x, max_new_tokens=new, use_cache=new > 1, output_logits=how != 'generate', return_dict_in_generate=True)
-    answers = [{} for _ in x['input_ids']]
+    told = [{} for _ in x['input_ids']]
     if how != 'generate':
         scores = out.logits[0].float().log_softmax(-1)[:, letters].cpu()
         check(scores.isfinite().all(), f'{vlm.name} gives a letter a probability that is no number, or none')
-        for a, s in zip(answers, scores.tolist()): a['scores'] = [round(v, 6) for v in s]
+        for a, s in zip(told, scores.tolist()): a['scores'] = [round(v, 6) for v in s]
     if how != 'likelihood':
-        written, eos = out.sequences[:, x['input_ids'].shape[1]:].cpu(), torch.as_tensor(vlm.model.generation_config.eos_token_id if vlm.model.generation_config.eos_token_id is not None else -1)
-        ends = torch.isin(written, eos)
+        written, eos = out.sequences[:, x['input_ids'].shape[1]:].cpu(), vlm.model.generation_config.eos_token_id
+        ends = torch.isin(written, torch.as_tensor(-1 if eos is None else eos))  # one or several
         count = torch.where(ends.any(1), ends.int().argmax(1) + 1, written.shape[1]).tolist()
-        for a, w, n in zip(answers, written, count): a.update(raw=vlm.processor.tokenizer.decode(w[:n], skip_special_tokens=True), tokens=n)
-    return answers
+        for a, w, n in zip(told, written, count): a.update(raw=vlm.processor.tokenizer.decode(w[:n], skip_special_tokens=True), tokens=n)
+    return told
 
 def answers(vlm:VLM, questions:Questions, batches:list, how:str='both', blind:bool=False, max_new_tokens:int=16): # positions of each batch
     "Yields the rows of each batch; the next batch's pictures are read meanwhile"
@@ -212,7 +215,7 @@ def answers(vlm:VLM, questions:Questions, batches:list, how:str='both', blind:bo
             x = ahead.pop().result()
             if later is not None: ahead.append(ex.submit(inputs, vlm, questions, later, blind, max_new_tokens))
             try: got = ask(vlm, x, letters, how, max_new_tokens)
-            except torch.OutOfMemoryError: check(False, f'batch={len(ids)} does not fit into the memory of {vlm.model.device}; give a smaller one')
+            except torch.OutOfMemoryError: raise SettingsError(f'batch={len(ids)} does not fit into the memory of {vlm.model.device}; give a smaller one') from None
             yield [dict(row=i, index=r['index'], category=r['category'], question=r['question'], options=[r[l] for l in LETTERS], answer=r['answer'], **a) for i, a in zip(ids, got) for r in [questions.rows[i]]]
 
 def batched(order:list, size:int)->list: return [order[a:a + size] for a in range(0, len(order), size)]
@@ -336,7 +339,7 @@ def answer_all(vlm:VLM, questions:Questions, run:Score, path:Path)->list:
     for rows in answers(vlm, questions, batches[start:], run.how, run.blind, run.max_new_tokens):
         with writing(path), open(path, 'a') as f: f.write(''.join(json.dumps(r) + '\n' for r in rows))
         done += rows
-        shown(len(done), of='questions')
+        shown(len(done), questions=len(done))
     sync(path)
     return sorted(done, key=lambda r: r['row'])
 
@@ -360,6 +363,7 @@ def evaluate(run:Score, questions:Questions=None)->dict: # None: those that the 
     if run.against: result['against'] = dict(name=run.against, differences=compare(rows, predictions(other)))
     write_json(folder/'result.json', result)
     s = result['score']
+    if s['missing']: say(f'there are no questions of {", ".join(s["missing"])}')
     for p, t in s['protocols'].items(): say(f'{p}: {t["questions"]["overall"]["value"]:.1%} of {s["n"]} questions, chance 25%')
     return result
 

@@ -1,5 +1,5 @@
 "Questions from files, the official prompt, parser and averages, and scoring runs of a tiny model: batches, resuming, comparing, and what is refused."
-import base64, csv, io, json
+import base64, io, json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from scipy.stats import binom
 
 import clipdino.vmcbench as vmc
@@ -282,7 +283,7 @@ def test_pictures_matter_unless_blind(vlm):
 
 def test_letters_as_the_template_puts_them(vlm, monkeypatch):
     "LLaVA's template sets an answer off by a space, which belongs to the letter's token"
-    monkeypatch.setattr(vlm.processor, 'chat_template', vmc.TEMPLATE.replace("{{ m.role }}: ", "{{ m.role }}:{{ ' ' if m.role == 'assistant' }}").replace("'assistant: '", "'assistant:'"))
+    monkeypatch.setattr(vlm.processor, 'chat_template', vmc.TEMPLATE.replace('{{ m.role }}:\n', "{{ m.role }}:{{ ' ' if m.role == 'assistant' }}").replace("'assistant:\n'", "'assistant:'"))
     row, tok = Squares(1).rows[0], vlm.processor.tokenizer
     assert vmc.chat(vlm, row).endswith('assistant:') and vmc.chat(vlm, row, answer='B').endswith('assistant: B</s>')
     if len({tokens[0] for tokens in (tok(f' {l}', add_special_tokens=False).input_ids for l in LETTERS)}) < 4: assert [tok.decode([i]) for i in vmc.letter_ids(vlm, row)] == list(LETTERS)  # the space is a token of its own
@@ -359,6 +360,12 @@ def test_what_is_no_model_is_refused(folder, tmp_path):
     with pytest.raises(SettingsError, match='the run begun is not finished: it has no result.json'): load_vlm('begun')
     (tmp_path/'runs/begun/result.json').write_text('{}')
     assert load_vlm('begun').about['encoder'] == 'clip-mini-s0' and load_vlm('begun').fingerprint == load_vlm(folder).fingerprint
+    weights = load_file(tmp_path/'runs/begun/model.safetensors')
+    save_file({k: v for k, v in weights.items() if 'projector.linear_2.bias' not in k}, tmp_path/'runs/begun/model.safetensors', dict(format='pt'))
+    with pytest.raises(SettingsError, match='begun lacks 1 of its weights, .*linear_2.bias'): load_vlm('begun')
+    (tmp_path/'runs/begun/model.safetensors').write_bytes((folder/'model.safetensors').read_bytes()[:-100])
+    with pytest.raises(SettingsError, match="vlm='begun' is no run, folder or hub name"): load_vlm('begun')
+    (tmp_path/'runs/begun/model.safetensors').write_bytes((folder/'model.safetensors').read_bytes())
     (tmp_path/'runs/begun/chat_template.jinja').unlink()
     with pytest.raises(SettingsError, match='has no chat template'): load_vlm('begun')
     (tmp_path/'runs/begun/config.json').write_text('{"architecture": "clipdino_vit_mini"}')
