@@ -10,8 +10,8 @@ __all__ = ['OBJECTIVES', 'SMOKE', 'MINI', 'SMALL', 'PAPER', 'VIEW_SETTINGS', 'DI
            'tensors_digest', 'save_state', 'load_state', 'use_compile', 'clip_gradients', 'NonFinite', 'check_settings',
            'make_probe', 'accelerator', 'on_main', 'Parts', 'Trainer', 'last_scores', 'Watch', 'fit', 'cost', 'Blank',
            'seconds_per_image', 'costs', 'ahead', 'export_encoder', 'open_encoder', 'retrieval', 'final_scores',
-           'finish', 'complete', 'only_one', 'train', 'pretrain', 'arguments', 'spawn', 'main', 'collect', 'recipe',
-           'show_samples', 'show_views', 'show_curves', 'show_learning']
+           'finish', 'complete', 'only_one', 'train', 'pretrain', 'arguments', 'spawn', 'program', 'main', 'collect',
+           'recipe', 'show_samples', 'show_views', 'show_curves', 'show_learning']
 
 # %% ../nbs/02_pretrain.ipynb #568ea07d
 import argparse, hashlib, inspect, json, math, os, re, shutil, subprocess, sys, tempfile, textwrap, time
@@ -694,14 +694,14 @@ def pretrain(run:Pretrain)->dict:
     return spawn(run, folder)
 
 # %% ../nbs/02_pretrain.ipynb #9a81b308
-def arguments(run:Pretrain)->list:
+def arguments(run:Settings, base:Settings|None=None)->list: # the settings of its preset
     "The command-line options that give `run`"
-    base = asdict(settings(run.preset, run.objective))
+    base = asdict(base or settings(run.preset, run.objective))
     return [a for k, v in asdict(run).items() if v != base[k] or k in ('preset', 'objective') for a in (f'--{k}', str(v))]
 
-def spawn(run:Pretrain, folder:Path)->dict:
+def spawn(run:Settings, folder:Path, module:str='clipdino.pretrain', options:list|None=None)->dict:
     "Have several processes on this machine train a run, and show what they print; the result"
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={world_size(run)}', '-m', 'clipdino.pretrain', *arguments(run)]
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={world_size(run)}', '-m', module, *(options or arguments(run))]
     package = str(Path(inspect.getfile(Settings)).parent.parent)
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([package, *filter(None, [os.environ.get('PYTHONPATH')])]))
     tail = []
@@ -720,17 +720,24 @@ def spawn(run:Pretrain, folder:Path)->dict:
 
 REFUSED = 'clipdino stops: '
 
-def main(args=None):
-    "`python -m clipdino.pretrain --objective clip ...`, under accelerate launch or torchrun too: the settings are the options"
-    about = dict(re.findall(r'^    (\w+): \w+ = .*?  # (.+)$', ''.join(map(inspect.getsource, Pretrain.__mro__[:3])), re.M))
-    p = argparse.ArgumentParser('clipdino.pretrain', description='Pre-train an encoder. Settings that are not given have the value of the preset.', allow_abbrev=False)
+def program(module:str, kind:type, go, about:str, args=None): # settings' class; (**settings) -> what to print
+    "A module as a program, under accelerate launch or torchrun too: the settings are the options"
+    helps = dict(re.findall(r'^    (\w+): \w+ = .*?  # (.+)$', ''.join(inspect.getsource(c) for c in kind.__mro__ if issubclass(c, Settings) and c is not Settings), re.M))
+    p = argparse.ArgumentParser(module, description=f'{about} Settings that are not given have the value of the preset.', allow_abbrev=False)
     def true_or_false(v): return ('false', 'true').index(v.lower()) == 1  # argparse names this function where it refuses
-    for f in fields(Pretrain): p.add_argument(f'--{f.name}', type=true_or_false if f.type is bool else f.type, help=about.get(f.name, '').replace('%', '%%'), metavar=f.type.__name__)
+    for f in fields(kind): p.add_argument(f'--{f.name}', type=true_or_false if f.type is bool else f.type, help=helps.get(f.name, '').replace('%', '%%'), metavar=f.type.__name__)
     try:
-        result = pretrain(settings(**{k: v for k, v in vars(p.parse_args(args)).items() if v is not None}))
-        if int(os.environ.get('RANK', 0)) == 0: say(json.dumps({k: result[k] for k in ('name', 'samples', 'loss', 'images_per_s', 'val')}))
+        shown = go(**{k: v for k, v in vars(p.parse_args(args)).items() if v is not None})
+        if int(os.environ.get('RANK', 0)) == 0: say(json.dumps(shown))
         if dist.is_initialized(): dist.destroy_process_group()  # its threads would be torn down with the interpreter, which can abort a process that is done
     except (SettingsError, BadData, NonFinite, CannotWrite) as e: sys.exit(REFUSED + str(e))
+
+def main(args=None):
+    "`python -m clipdino.pretrain --objective clip ...`"
+    def go(**given):
+        result = pretrain(settings(**given))
+        return {k: result[k] for k in ('name', 'samples', 'loss', 'images_per_s', 'val')}
+    program('clipdino.pretrain', Pretrain, go, 'Pre-train an encoder.', args)
 
 if __name__ == '__main__' and '__file__' in globals(): main()  # as a program; in a notebook there is no file
 
