@@ -4,7 +4,7 @@
 
 Every contestant is this package's own code with the same model, processor and pictures; all read pictures and tokenise anew in every round. Without `--vlm` the model is untrained (`--width`, `--depth`, `--image`). An untrained
 model hardly ever ends its answer, so it writes all of `--tokens`; one that was trained to answer by a letter writes two, the letter and the end. Both lengths are measured, and the column `tokens` has the mean of what was
-written. One row for each contestant and round.
+written. On a shared machine compare seconds of the processor (`per_cpu_s`), which others' work hardly changes; on a GPU only `per_s` means anything. One row for each contestant and round.
 """
 import argparse, tempfile, time
 
@@ -40,16 +40,17 @@ def main(out, vlm, questions, n, batch, single, tokens, rounds, device, width, d
     for how in ('likelihood', 'generate'): list(answers(model, q, all_[:1], how, max_new_tokens=tokens))  # warm
     for r in range(rounds):
         for what, (how, batches, new) in list(contestants.items())[::1 if r % 2 == 0 else -1]:
-            begun = time.perf_counter()
+            begun, cpu = time.perf_counter(), time.process_time()
             got = [row for b in answers(model, q, batches, how, max_new_tokens=new) for row in b]
-            seconds = time.perf_counter() - begun
-            rows.append(dict(what=what, round=r, n=len(got), batch=len(batches[0]), seconds=round(seconds, 3), per_s=round(len(got)/seconds, 2), max_new_tokens=new, tokens=round(float(np.mean([g.get('tokens', 0) for g in got])), 2), **where))
+            seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
+            rows.append(dict(what=what, round=r, n=len(got), batch=len(batches[0]), seconds=round(seconds, 3), per_s=round(len(got)/seconds, 2), per_cpu_s=round(len(got)/cpu, 2), max_new_tokens=new, tokens=round(float(np.mean([g.get('tokens', 0) for g in got])), 2), **where))
             print(f'{r}  {what:30} {rows[-1]["per_s"]:8.1f} questions/s  {rows[-1]["tokens"]:5.1f} tokens', flush=True)
             pd.DataFrame(rows).to_csv(out, index=False)
-    rate = pd.DataFrame(rows).pivot(index='round', columns='what', values='per_s')
-    for what in list(contestants)[1:]:
-        ratio = rate['likelihood']/rate[what]
-        print(f'likelihood / {what}: median {ratio.median():.2f}, from {ratio.min():.2f} to {ratio.max():.2f} in {rounds} rounds')
+    for by, unit in dict(per_s='second', per_cpu_s='second of the processor').items():
+        rate = pd.DataFrame(rows).pivot(index='round', columns='what', values=by)
+        for what in list(contestants)[1:]:
+            ratio = rate['likelihood']/rate[what]
+            print(f'questions a {unit}, likelihood / {what}: median {ratio.median():.2f}, from {ratio.min():.2f} to {ratio.max():.2f} in {rounds} rounds')
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
