@@ -59,7 +59,7 @@ def test_every_notebook_is_on_the_site_and_in_the_readme():
     for text in (root/'_quarto.yml').read_text(), (root/'README.md').read_text():
         for p in notebooks: assert f'nbs/{p.name}' in text
 
-@pytest.mark.parametrize('page, module, name', [('02_pretrain', 'pretrain', 'Pretrain'), ('03_probe', 'probe', 'ProbeRun'), ('04_analysis', 'analysis', 'AnalysisRun')])
+@pytest.mark.parametrize('page, module, name', [('02_pretrain', 'pretrain', 'Pretrain'), ('03_probe', 'probe', 'ProbeRun'), ('04_analysis', 'analysis', 'AnalysisRun'), ('05_vlm', 'vlm', 'VLMRun'), ('06_vmcbench', 'vmcbench', 'Score')])
 def test_every_setting_is_a_parameter(page, module, name):
     settings = getattr(importlib.import_module(f'clipdino.{module}'), name)
     tagged, = [c for c in cells(root/f'nbs/{page}.ipynb') if 'parameters' in c['metadata'].get('tags', [])]
