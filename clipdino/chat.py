@@ -148,10 +148,10 @@ def stamps(folder:str, names:list)->list: # size and time of each file, None for
 
 class Files:
     "Picture files of a folder as a set for `features`"
-    def __init__(self, name:str, folder, names:list, stamps:list, square:str='pad'): # paths in the folder; their sizes and times; pad or crop
+    def __init__(self, name:str, folder, names:list, stamps:list, square:str='pad', mean=(.5, .5, .5)): # paths in the folder; their sizes and times; pad or crop; colour of the padding
         one_of('square', square, ('pad', 'crop'))
-        self.name, self.folder, self.names, self.square = name, folder, names, square
-        self.fingerprint = digest(square, names, stamps)
+        self.name, self.folder, self.names, self.square, self.mean = name, folder, names, square, tuple(mean)
+        self.fingerprint = digest(square, self.mean, names, stamps)
     def __len__(self): return len(self.names)
 
     def picture(self, i:int)->Image.Image: # RGB
@@ -164,7 +164,7 @@ class Files:
         except Exception: raise BadSample('undecodable picture') from None  # PIL raises nearly anything on broken bytes
 
     def square_of(self, i:int, size:int)->np.ndarray: # (size, size, 3) uint8
-        try: return squares([self.picture(i)], size, self.square)[0]
+        try: return squares([self.picture(i)], size, self.square, self.mean)[0]
         except BadSample as e: raise BadData(f'{self.folder}/{self.names[i]}: {e}. Open the list with verify=True, which leaves such rows out, or replace the file') from None
 
     def batch(self, ids, size:int)->np.ndarray: # (B, size, size, 3) uint8
@@ -202,6 +202,7 @@ class LlavaJson(Chats):
     "A list of conversations as LLaVA publishes them, beside a folder of pictures"
     def __init__(self, path, folder, # the .json file; where the paths in it begin
                  square:str='pad', # pad or crop
+                 mean=(.5, .5, .5), # colour of the padding; an encoder's mean, which it sees as 0
                  max_bad:float=.05, # largest share of rows that can't be used
                  verify:bool=True): # decode every picture beforehand
         path, folder = Path(path).expanduser(), Path(folder).expanduser()
@@ -212,7 +213,7 @@ class LlavaJson(Chats):
         marks = stamps(folder, names)
         reasons = {k: 'missing picture' for k, m in enumerate(marks) if m is None}
         there = [k for k, m in enumerate(marks) if m is not None]
-        if verify: reasons |= {there[k]: r for k, r in broken(Files(path.stem, folder, [names[k] for k in there], [marks[k] for k in there], square)).items()}
+        if verify: reasons |= {there[k]: r for k, r in broken(Files(path.stem, folder, [names[k] for k in there], [marks[k] for k in there])).items()}
         bad |= {int(k): (f'row {k}, {names[rows[k, 2]]}', reasons[rows[k, 2]]) for k in np.flatnonzero(np.isin(rows[:, 2], list(reasons)))}
         self.bad = [bad[k] for k in sorted(bad)]
         self.missing = Counter(reason for _, reason in self.bad)
@@ -220,7 +221,7 @@ class LlavaJson(Chats):
         self.rows = np.delete(rows, sorted(bad), 0)
         used, self.ids = np.unique(self.rows[:, 2], return_inverse=True)
         if used[0] < 0: used, self.ids = used[1:], self.ids - 1
-        pictures = Files(path.stem, folder, [names[k] for k in used], [marks[k] for k in used], square)
+        pictures = Files(path.stem, folder, [names[k] for k in used], [marks[k] for k in used], square, mean)
         super().__init__(path.stem, digest(key, pictures.fingerprint, sorted(bad)), pictures)
 
     def _judge(self, n:int, max_bad:float):

@@ -6,15 +6,15 @@
 __all__ = ['CONNECTORS', 'SMOKE', 'SMALL', 'PAPER', 'PRESET', 'SOURCES', 'WORLD_ROWS', 'VLMRun', 'settings', 'TowerConfig',
            'Tower', 'renamed', 'as_vit', 'as_clip', 'tower_tokens', 'agrees', 'own_tower', 'tower_of', 'Resampler',
            'Pool', 'make_connector', 'ConnectorConfig', 'ConnectorLlava', 'open_llm', 'seeded', 'image_tokens',
-           'make_vlm', 'make_processor', 'save_vlm', 'open_vlm', 'make_chats', 'Seen', 'Reader', 'rate', 'Stage',
-           'Parts', 'Held', 'check_inputs', 'finish', 'train', 'train_vlm', 'main', 'show_training', 'show_val']
+           'lm_keys', 'text_logits', 'make_vlm', 'make_processor', 'save_vlm', 'open_vlm', 'make_chats', 'Seen',
+           'Reader', 'rate', 'Stage', 'Parts', 'Held', 'check_inputs', 'finish', 'train', 'train_vlm', 'main',
+           'show_training', 'show_val']
 
 # %% ../nbs/05_vlm.ipynb #2c21e6cf
-import inspect, json, math, os, shutil, tempfile, time
+import math, os, shutil, time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -25,14 +25,14 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedConfig, PreTrainedModel, ViTConfig, ViTModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedConfig, PreTrainedModel, ViTConfig, ViTModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from .chat import MARK, AnyQuestions, Batches, Form, LlavaJson, WorldCaptions, expand, template_of
-from .core import Metrics, PRESETS, Progress, Settings, SettingsError, check, digest, environment, generator, in_test, injected, one_of, read_json, run_dir, say, theme, whole, write_json
-from .encoders import Encoder, HFEncoder, OpenClipEncoder, TimmEncoder, check_fit, folder_of, load_encoder, reading
+from .core import Metrics, PRESETS, Progress, Settings, check, digest, environment, generator, in_test, injected, one_of, run_dir, say, sync, theme, write_json, writing
+from .encoders import Encoder, HFEncoder, OpenClipEncoder, TimmEncoder, folder_of, load_encoder, reading
 from .lm import small_lm
 from .pretrain import NonFinite, accelerator, arguments, check_settings, complete, launched, load_state, on_main, only_one, program, save_state, spawn, tensors_digest, world_size
 from .probe import features, patch_tokens, slug
@@ -78,7 +78,7 @@ class VLMRun(Settings):
     clip_grad: float = 1.  # largest gradient norm
     context: int = 512  # longest conversation, tokens
     # machinery
-    questions: int = 1000  # held-out questions of the world that are answered now and then; 0 for none
+    questions: int = 1000  # held-out questions of the world that are answered at the end; 0 for none
     micro: int = 0  # conversations that a process takes at once; 0 for all of its share
     cached: bool = True  # keep the patch tokens of all pictures on the disk; else pictures are encoded as they come
     processes: int = 0  # on this machine; 0: one for each GPU, or for the CPU. accelerate or torchrun, where they launch the run, decide instead
@@ -88,7 +88,7 @@ class VLMRun(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        for f, allowed in dict(preset=PRESETS, connector=CONNECTORS, captions=POLICIES, answers=('letter', 'text', 'both'), precision=('auto', 'fp32', 'bf16')).items(): one_of(f, getattr(self, f), allowed)
+        for f, allowed in dict(preset=PRESETS, connector=CONNECTORS, captions=POLICIES, answers=('letter', 'text', 'both'), precision=('auto', 'fp32', 'bf16'), tracker=('', 'tensorboard', 'wandb')).items(): one_of(f, getattr(self, f), allowed)
         for f, low in dict(seed=0, canvas=16, image_tokens=0, lora=0, stage1_samples=0, stage1_batch=1, stage2_samples=0, stage2_batch=1, context=8, questions=0, micro=0, processes=0, save_every=1).items():
             check(getattr(self, f) >= low, f'{f}={getattr(self, f)} must be at least {low}')
         for f in ('stage1_lr', 'stage2_lr', 'lm_lr', 'weight_decay', 'clip_grad'): check(0 <= getattr(self, f) < math.inf, f'{f}={getattr(self, f)} must be a finite number, 0 or above')
@@ -130,7 +130,8 @@ class Tower(PreTrainedModel):
         super().__init__(config)
         self.net = timm.create_model(config.arch, **config.args)
         self.post_init()
-    def _init_weights(self, module): pass  # timm's own
+    def _init_weights(self, module): # are timm's own; but tables that are computed and not saved must be made again after loading
+        if hasattr(module, 'init_non_persistent_buffers'): module.init_non_persistent_buffers()
     @property
     def encoder(self)->Encoder:
         if '_encoder' not in self.__dict__: self.__dict__['_encoder'] = TimmEncoder('tower', self.net, self.config.image_size, (0,)*3, (1,)*3)  # hidden, or its weights would be listed twice
@@ -205,13 +206,14 @@ def own_tower(e:TimmEncoder, layer:int)->Tower:
 
 def tower_of(e:Encoder, layer:int)->PreTrainedModel:
     "The encoder as a vision tower: transformers' own where one gives the same, else ours"
+    check(abs(layer) <= e.depth, f'layer={layer} is not there: {e.name} has layers 1 to {e.depth}, or -{e.depth} to -1 from the end')
     e = e.cpu()
     makers = {HFEncoder: [lambda: e.model], OpenClipEncoder: [lambda: as_clip(e)], TimmEncoder: [lambda: as_vit(e), lambda: own_tower(e, layer)]}
     for make in next(m for kind, m in makers.items() if isinstance(e, kind)):
-        try: tower = make()
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError): continue  # it has other parts
-        if agrees(tower, e, layer): return tower.requires_grad_(False).eval()
-    check(False, f'{e.name} has no form among transformers\' vision towers that gives the same patch tokens at layer {layer}; with layer={-2} most have')
+        try:
+            if agrees(tower := make(), e, layer): return tower.requires_grad_(False).eval()
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError): pass  # it has other parts
+    check(False, f'{e.name} has no form among vision towers that gives its patch tokens at layer {layer} from pictures of {e.size} px' + ('' if layer == -2 else '; with layer=-2 most have'))
 
 # %% ../nbs/05_vlm.ipynb #4689a475
 class Resampler(nn.Module):
@@ -275,21 +277,27 @@ def open_llm(name:str, preset:str, seed:int=0)->tuple: # -> model, tokenizer
     tokenizer.padding_side = 'left'  # of prompts; training pads by itself
     return model, tokenizer
 
+@contextmanager
 def seeded(seed:int, use:int):
     "torch's random stream set for one use, and afterwards as before"
-    fork = torch.random.fork_rng(devices=[])
-    class Fork:
-        def __enter__(self): fork.__enter__(); torch.manual_seed(generator(seed, 41, use).initial_seed())
-        def __exit__(self, *e): return fork.__exit__(*e)
-    return Fork()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(seed, 41, use).initial_seed())
+        yield
 
 def image_tokens(run:VLMRun, e:Encoder)->int:
     "How many tokens stand for a picture"
-    n = math.prod(e.grid)
-    if run.connector not in ('pool', 'resampler'): return n
-    k = run.image_tokens or max(e.grid[0]//2, 1)**2
-    check(k <= n and (e.size//(e.size//math.isqrt(k)))**2 == k, f'image_tokens={k} must be at most the {n} patches of {e.name}, with a root that divides its {e.size} px about evenly')
+    n, fewer = math.prod(e.grid), run.connector in ('pool', 'resampler')
+    k = (run.image_tokens or max(e.grid[0]//2, 1)**2) if fewer else n
+    check(k <= n and (e.size//(e.size//math.isqrt(k)))**2 == k, f'image_tokens={k} must be at most the {n} patches of {e.name}, with a root that divides its {e.size} px about evenly' if fewer else
+          f'{e.name} makes {n} tokens of a picture of {e.size} px, which LlavaProcessor can not count; the connectors pool and resampler make another number')
     return k
+
+def lm_keys(vlm)->set: return {k for k in vlm.state_dict() if 'language_model' in k or 'lm_head' in k}
+
+@torch.inference_mode()
+def text_logits(model:nn.Module)->torch.Tensor:
+    "What a language model, or a VLM, makes of a few tokens"
+    return model.eval()(input_ids=torch.arange(8)[None]).logits
 
 def make_vlm(run:VLMRun, e:Encoder, llm:nn.Module, tokenizer)->LlavaForConditionalGeneration:
     "LLaVA of these parts, with a new connector"
@@ -298,11 +306,14 @@ def make_vlm(run:VLMRun, e:Encoder, llm:nn.Module, tokenizer)->LlavaForCondition
     config = LlavaConfig(**same) if run.connector == 'mlp' else ConnectorConfig(**same, connector=run.connector, connector_tokens=k)
     kind = LlavaForConditionalGeneration if run.connector == 'mlp' else ConnectorLlava
     with torch.device('meta'): vlm = kind(config)
+    needs, before = lm_keys(vlm), text_logits(llm)
     check(type(vlm.model.language_model) is type(llm.base_model), f'{type(llm).__name__} keeps its decoder where LLaVA does not look for it; a decoder-only causal LM is needed, such as Llama, Qwen2 or SmolLM')
     vlm.model.vision_tower, vlm.model.language_model, vlm.lm_head = tower, llm.base_model, llm.get_output_embeddings()
     with seeded(run.seed, 1): vlm.model.multi_modal_projector = LlavaMultiModalProjector(config) if run.connector == 'mlp' else make_connector(config)
     vlm.tie_weights()
-    vlm.generation_config = llm.generation_config
+    check(lm_keys(vlm) == needs and torch.equal(text_logits(vlm), before), f'{type(llm).__name__} does more between its decoder and its logits than LLaVA, which has a linear head without a bias; Llama, Qwen2 or SmolLM fit')
+    ids = {k: getattr(llm.generation_config, k) for k in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
+    vlm.generation_config = GenerationConfig(**dict(ids, pad_token_id=tokenizer.pad_token_id))  # without the language model's own ways of sampling
     return vlm.float().requires_grad_(False)
 
 # %% ../nbs/05_vlm.ipynb #bed58356
@@ -317,12 +328,16 @@ def make_processor(run:VLMRun, e:Encoder, tokenizer)->LlavaProcessor:
     return LlavaProcessor(pictures, tokenizer, patch_size=e.size//side, vision_feature_select_strategy='default', num_additional_image_tokens=1, chat_template=_AS_TEXT + template_of(tokenizer, run.template))
 
 def save_vlm(vlm:nn.Module, processor:LlavaProcessor, folder:Path):
-    "Write model and processor, each file whole"
-    with tempfile.TemporaryDirectory(dir=folder) as tmp:
+    "Write model and processor, each file whole, and last the one that `open_vlm` looks for"
+    tmp = folder/'.vlm'
+    shutil.rmtree(tmp, ignore_errors=True)  # of a process that was killed
+    with writing(folder):
         vlm.save_pretrained(tmp)
         processor.save_pretrained(tmp)
-        for f in Path(tmp).iterdir():
-            with whole(folder/f.name) as part: shutil.copyfile(f, part)
+        for f in sorted(tmp.iterdir(), key=lambda f: f.name == 'processor_config.json'):
+            sync(f)
+            os.replace(f, folder/f.name)
+        tmp.rmdir()
 
 def open_vlm(folder)->tuple: # -> model, processor
     "A saved VLM, in evaluation mode"
@@ -332,14 +347,12 @@ def open_vlm(folder)->tuple: # -> model, processor
 # %% ../nbs/05_vlm.ipynb #c4e341ce
 WORLD_ROWS = dict(smoke=(64, 80), mini=(16384, 32768), small=(131_072, 163_840), paper=(131_072, 163_840))  # captions and questions of the world
 
-def make_chats(run:VLMRun, stage:int):
+def make_chats(run:VLMRun, stage:int, mean): # colour of the padding that makes pictures square
     "The conversations of a stage"
     spec, n = run.of(stage, 'data'), WORLD_ROWS[run.preset][stage - 1]
-    check(spec != '', f'the preset {run.preset} trains on data in LLaVA\'s format: give stage{stage}_data as JSON:FOLDER')
     if spec == 'world': return WorldCaptions(n, run.canvas, 0, run.captions) if stage == 1 else AnyQuestions(WorldVQA('train', n, run.canvas), run.answers)
-    path, colon, folder = spec.rpartition(':')
-    check(colon and path, f'stage{stage}_data={spec!r} is neither world nor JSON:FOLDER, a list of conversations and the folder of its pictures')
-    return LlavaJson(path, folder, square=('crop', 'pad')[stage - 1], max_bad=run.max_bad, verify=run.cached)
+    path, _, folder = spec.rpartition(':')
+    return LlavaJson(path, folder, ('crop', 'pad')[stage - 1], mean, max_bad=run.max_bad, verify=run.cached)
 
 class Seen:
     "The patch tokens of pictures"
@@ -348,7 +361,8 @@ class Seen:
         self.rows = features(e, pictures, patch_tokens, run.layer) if run.cached else None
     def __call__(self, ids:np.ndarray)->torch.Tensor: # -> (K, N, D)
         if self.rows is not None: return torch.from_numpy(np.asarray(self.rows[ids]))
-        return patch_tokens(self.e, self.e.prepare(self.pictures.batch(ids, self.e.size)), self.layer)
+        if not len(ids): return torch.empty(0, math.prod(self.e.grid), self.e.dim)
+        return patch_tokens(self.e, self.e.prepare(self.pictures.batch(ids, self.e.size)), self.layer).clone()  # what inference mode made can't be trained on
 
 # %% ../nbs/05_vlm.ipynb #4df9fb29
 class Reader(nn.Module):
@@ -380,7 +394,6 @@ class Stage:
         run, self.p, self.k, self.seen = p.run, p, k, p.seen[k - 1]
         self.batches = Batches(p.chats[k - 1], p.tokenizer, image_tokens(run, p.encoder), run.of(k, 'batch'), run.seed, run.context, plain=k == 1, template=run.template)
         self.steps = (run.of(k, 'samples') or len(self.batches)*run.of(k, 'batch'))//run.of(k, 'batch')
-        check(self.steps > 0, f'stage{k}_samples={run.of(k, "samples")} must be at least one batch, {run.of(k, "batch")}')
         p.reader.zero_grad()
         p.reader.requires_grad_(False)
         p.reader.connector.requires_grad_(True)
@@ -390,10 +403,13 @@ class Stage:
         self.params = [v for g in self.opt.param_groups for v in g['params']]
         self.folder = p.folder/f'stage{k}'
         self.trained = p.reader.connector if k == 1 else p.reader
-        if p.acc.is_main_process: self.folder.mkdir(exist_ok=True)
-        p.acc.wait_for_everyone()
+        on_main(p.acc, self._tidy)
         self.step = load_state(self.folder, self.trained, self.opt)
         self.model = p.acc.prepare(p.reader)
+
+    def _tidy(self):
+        with writing(self.folder): self.folder.mkdir(exist_ok=True)
+        for left in self.folder.glob('.*'): left.unlink()  # of a process that was killed while it saved
 
     def parts(self, step:int)->list:
         "What this process has of a step, with its patch tokens"
@@ -423,14 +439,16 @@ class Stage:
         return dict(loss=loss, grad_norm=float(norm))
 
     def save(self):
-        if self.p.acc.is_main_process: save_state(self.folder, self.trained, self.opt, self.step, keep=1 if self.step == self.steps else 2)
+        if not self.p.acc.is_main_process: return
+        self.p.metrics.sync()
+        save_state(self.folder, self.trained, self.opt, self.step, keep=1 if self.step == self.steps else 2)
 
     def fit(self):
         "Train to the end of the stage"
         p, run, every, save_every = self.p, self.p.run, max(self.steps//100, 1), max(self.p.run.save_every//self.p.run.of(self.k, 'batch'), 1)
         shown, clock, since, waited = Progress(self.steps, self.step), time.time(), self.step, 0.
         with ThreadPoolExecutor(1) as ex:
-            ahead = ex.submit(self.parts, self.step)
+            ahead = ex.submit(self.parts, self.step) if self.step < self.steps else None
             while self.step < self.steps:
                 before = time.time()
                 parts = ahead.result()
@@ -451,21 +469,14 @@ class Parts:
         self.run, self.folder, self.acc, self.environment = run, folder, acc, environment()
         self.encoder = load_encoder(run.encoder, acc.device)
         self.fingerprint = self.encoder.fingerprint  # before it becomes part of the VLM
-        self.chats = [make_chats(run, k) for k in (1, 2)]
+        self.chats = [make_chats(run, k, self.encoder.mean) for k in (1, 2)]
         llm, self.tokenizer = open_llm(run.llm, run.preset, run.seed)
-        data = digest(self.fingerprint, tensors_digest({k: v for k, v in llm.state_dict().items() if k != 'lm_head.weight'}), *(c.fingerprint for c in self.chats))
+        data = digest(self.fingerprint, tensors_digest(llm.state_dict()), Form(self.tokenizer, run.template).fingerprint, *(c.fingerprint for c in self.chats))
         on_main(acc, lambda: check_settings(folder, run, data))
-        self.seen = on_main(acc, lambda: [Seen(self.encoder, c.pictures, run) for c in self.chats]) if acc.num_processes == 1 else self._seen_in_turn()
         self.vlm, self.processor = make_vlm(run, load_encoder(run.encoder), llm, self.tokenizer), make_processor(run, self.encoder, self.tokenizer)
-        self.reader = Reader(self.vlm).to(acc.device).train()
+        self.seen = [Seen(self.encoder, c.pictures, run) for c in self.chats]  # of several processes one makes the features, and the others wait for it at their lock
+        self.reader = Reader(self.vlm).to(acc.device).eval()  # without dropout, which would need a random stream
         self.adapted = None
-
-    def _seen_in_turn(self):
-        "The main process makes the features, the others find them"
-        for turn in (True, False):
-            if self.acc.is_main_process == turn: seen = [Seen(self.encoder, c.pictures, self.run) for c in self.chats]
-            self.acc.wait_for_everyone()
-        return seen
 
     def train_lm(self):
         "Have the language model trained, or adapters in it"
@@ -501,7 +512,7 @@ class Held:
 
     @torch.inference_mode()
     def __call__(self, batch:int=100)->np.ndarray: # (n,) whether right
-        reader, device, out = self.p.reader.eval(), self.p.acc.device, np.empty(len(self.ids), bool)
+        reader, device, out = self.p.reader, self.p.acc.device, np.empty(len(self.ids), bool)
         for a in range(0, len(self.ids), batch):
             at = self.order[a:a + batch]
             ids = nn.utils.rnn.pad_sequence([torch.from_numpy(self.ids[i]) for i in at], batch_first=True).to(device)
@@ -512,29 +523,32 @@ class Held:
                 h = reader.lm(inputs_embeds=x, attention_mask=mask.long(), use_cache=False).last_hidden_state
                 scores = reader.logits(h[torch.arange(len(at)), last]).float().cpu()[:, self.letters]
             out[at] = scores.argmax(1).numpy() == self.answers[at]
-        reader.train()
         return out
 
 # %% ../nbs/05_vlm.ipynb #f743a929
 def check_inputs(run:VLMRun):
     "Refuse what is not there, before anything is loaded"
+    n = world_size(run)
     for k in (1, 2):
-        spec = run.of(k, 'data')
+        spec, samples, batch = (run.of(k, v) for v in ('data', 'samples', 'batch'))
+        check(batch % n == 0, f'stage{k}_batch={batch} must be a multiple of the {n} processes')
+        check(samples == 0 or samples >= batch, f'stage{k}_samples={samples} must be at least one batch, {batch}, or 0 for every row once')
         check(spec != '', f'the preset {run.preset} trains on data in LLaVA\'s format: give stage{k}_data as JSON:FOLDER')
-        check(spec == 'world' or ':' in spec, f'stage{k}_data={spec!r} is neither world nor JSON:FOLDER, a list of conversations and the folder of its pictures')
+        check(spec == 'world' or spec.rpartition(':')[0] != '', f'stage{k}_data={spec!r} is neither world nor JSON:FOLDER, a list of conversations and the folder of its pictures')
 
-def finish(p:Parts, stages:list, right, seconds:float)->dict:
+def finish(p:Parts, stages:list, begun:float)->dict:
     "Save the VLM and write the result; last of all, so that a result means a complete run"
-    run, e = p.run, p.encoder
+    run, e, held = p.run, p.encoder, Held(p) if p.run.questions else None
     p.merge()
     save_vlm(p.vlm, p.processor, p.folder)
     rows = p.metrics.rows()
     result = dict(name=run.folder_name, preset=run.preset, seed=run.seed, llm=run.llm, connector=run.connector, encoder=dict(name=e.name, fingerprint=p.fingerprint, size=e.size, dim=e.dim, patches=math.prod(e.grid)),
                   tower=type(p.vlm.model.vision_tower).__name__, image_tokens=image_tokens(run, e), parameters={k: sum(v.numel() for v in m.parameters()) for k, m in (('tower', p.vlm.model.vision_tower), ('connector', p.reader.connector), ('lm', p.reader.lm))},
                   stages=[dict(seen=s.steps*run.of(s.k, 'batch'), loss=[r['loss'] for r in rows if r['stage'] == s.k][-1], **s.batches.counts(), unusable=dict(p.chats[s.k - 1].missing)) for s in stages],
-                  seconds_of_last_start=seconds, environment=dict(p.environment, processes=p.acc.num_processes))
-    if right is not None:
-        by = pd.Series(right).groupby(np.array([r['category'] for r in p.held.questions.rows])).mean()
+                  seconds_of_last_start=time.time() - begun, environment=dict(p.environment, processes=p.acc.num_processes))
+    if held:
+        right = held()
+        by = pd.Series(right).groupby([r['category'] for r in held.questions.rows]).mean()
         result['val'] = dict(questions=len(right), accuracy=float(right.mean()), tasks={c: float(by[c]) for c in CATEGORIES if c in by})
     write_json(p.folder/'result.json', result)
     for k in (1, 2): shutil.rmtree(p.folder/f'stage{k}', ignore_errors=True)
@@ -547,7 +561,6 @@ def train(run:VLMRun, folder:Path)->dict:
         if (result := on_main(acc, lambda: complete(folder, run))) is not None: return result
         begun, p = time.time(), Parts(run, folder, acc)
         if run.tracker: acc.init_trackers('clipdino', asdict(run))
-        p.held = Held(p) if run.questions and acc.is_main_process else None
         first = Stage(p, 1)
         p.first_steps, second = first.steps, any(folder.glob('stage2/state-*')) and Stage(p, 2)
         at = first.steps + second.step if second and second.step else first.step
@@ -557,8 +570,7 @@ def train(run:VLMRun, folder:Path)->dict:
             first.fit()
             second = Stage(p, 2)
         second.fit()
-        right = p.held() if p.held else None
-        return on_main(acc, lambda: finish(p, [first, second], right, time.time() - begun))
+        return on_main(acc, lambda: finish(p, [first, second], begun))
 
 def train_vlm(run:VLMRun)->dict:
     "Train a VLM, or look up a run that is complete; its result"
