@@ -7,8 +7,8 @@ __all__ = ['CONNECTORS', 'SMOKE', 'SMALL', 'PAPER', 'PRESET', 'SOURCES', 'WORLD_
            'Tower', 'renamed', 'as_vit', 'as_clip', 'tower_tokens', 'agrees', 'own_tower', 'tower_of', 'Resampler',
            'Pool', 'make_connector', 'ConnectorConfig', 'ConnectorLlava', 'open_llm', 'seeded', 'image_tokens',
            'lm_keys', 'text_logits', 'make_vlm', 'make_processor', 'save_vlm', 'open_vlm', 'make_chats', 'Seen',
-           'Reader', 'rate', 'Stage', 'Parts', 'Held', 'check_inputs', 'finish', 'train', 'train_vlm', 'main',
-           'show_training', 'show_val']
+           'Reader', 'rate', 'Stage', 'Parts', 'Held', 'check_inputs', 'finish', 'stages_of', 'train', 'train_vlm',
+           'main', 'show_training', 'show_val']
 
 # %% ../nbs/05_vlm.ipynb #2c21e6cf
 import math, os, shutil, time
@@ -306,8 +306,9 @@ def make_vlm(run:VLMRun, e:Encoder, llm:nn.Module, tokenizer)->LlavaForCondition
     config = LlavaConfig(**same) if run.connector == 'mlp' else ConnectorConfig(**same, connector=run.connector, connector_tokens=k)
     kind = LlavaForConditionalGeneration if run.connector == 'mlp' else ConnectorLlava
     with torch.device('meta'): vlm = kind(config)
+    fits = type(vlm.model.language_model) is type(llm.base_model) and (hasattr(llm.base_model, 'embed_tokens') or not llm.config.tie_word_embeddings)
+    check(fits, f'{type(llm).__name__} keeps its decoder or embeddings where LLaVA does not look for them; a decoder-only causal LM is needed, such as Llama, Qwen2 or SmolLM')
     needs, before = lm_keys(vlm), text_logits(llm)
-    check(type(vlm.model.language_model) is type(llm.base_model), f'{type(llm).__name__} keeps its decoder where LLaVA does not look for it; a decoder-only causal LM is needed, such as Llama, Qwen2 or SmolLM')
     vlm.model.vision_tower, vlm.model.language_model, vlm.lm_head = tower, llm.base_model, llm.get_output_embeddings()
     with seeded(run.seed, 1): vlm.model.multi_modal_projector = LlavaMultiModalProjector(config) if run.connector == 'mlp' else make_connector(config)
     vlm.tie_weights()
@@ -391,8 +392,7 @@ def rate(done:float, warmup:float)->float:
 class Stage:
     "One stage: what is trained, on which batches, from which state"
     def __init__(self, p:'Parts', k:int):
-        run, self.p, self.k, self.seen = p.run, p, k, p.seen[k - 1]
-        self.batches = Batches(p.chats[k - 1], p.tokenizer, image_tokens(run, p.encoder), run.of(k, 'batch'), run.seed, run.context, plain=k == 1, template=run.template)
+        run, self.p, self.k, self.seen, self.batches = p.run, p, k, p.seen[k - 1], p.batches[k - 1]
         self.steps = (run.of(k, 'samples') or len(self.batches)*run.of(k, 'batch'))//run.of(k, 'batch')
         p.reader.zero_grad()
         p.reader.requires_grad_(False)
@@ -471,21 +471,21 @@ class Parts:
         self.fingerprint = self.encoder.fingerprint  # before it becomes part of the VLM
         self.chats = [make_chats(run, k, self.encoder.mean) for k in (1, 2)]
         llm, self.tokenizer = open_llm(run.llm, run.preset, run.seed)
-        data = digest(self.fingerprint, tensors_digest(llm.state_dict()), Form(self.tokenizer, run.template).fingerprint, *(c.fingerprint for c in self.chats))
-        on_main(acc, lambda: check_settings(folder, run, data))
         self.vlm, self.processor = make_vlm(run, load_encoder(run.encoder), llm, self.tokenizer), make_processor(run, self.encoder, self.tokenizer)
+        self.batches = [Batches(c, self.tokenizer, image_tokens(run, self.encoder), run.of(k, 'batch'), run.seed, run.context, plain=k == 1, template=run.template) for k, c in enumerate(self.chats, 1)]
+        data = digest(self.fingerprint, tensors_digest(llm.state_dict()), *(b.fingerprint for b in self.batches))
+        on_main(acc, lambda: check_settings(folder, run, data))  # only now, so that no setting is noted that is refused
         self.seen = [Seen(self.encoder, c.pictures, run) for c in self.chats]  # of several processes one makes the features, and the others wait for it at their lock
         self.reader = Reader(self.vlm).to(acc.device).eval()  # without dropout, which would need a random stream
         self.adapted = None
 
     def train_lm(self):
         "Have the language model trained, or adapters in it"
-        if not self.run.lora: self.reader.lm.requires_grad_(True); self.reader.head is None or self.reader.head.requires_grad_(True); return
-        if self.adapted is not None: return
-        from peft import LoraConfig, get_peft_model  # takes a second
-        with seeded(self.run.seed, 3): self.adapted = get_peft_model(self.reader.lm, LoraConfig(r=self.run.lora, lora_alpha=2*self.run.lora, lora_dropout=0., target_modules='all-linear'))  # LLaVA-1.5: alpha is twice the rank; dropout would need a stream
-        self.reader.lm = self.adapted.base_model.model
-        self.reader.to(self.acc.device)
+        if self.run.lora and self.adapted is None:
+            from peft import LoraConfig, get_peft_model  # takes a second
+            with seeded(self.run.seed, 3): self.adapted = get_peft_model(self.reader.lm, LoraConfig(r=self.run.lora, lora_alpha=2*self.run.lora, lora_dropout=0., target_modules='all-linear'))  # LLaVA-1.5: alpha is twice the rank; dropout would need a stream
+            self.reader.lm = self.adapted.base_model.model.to(self.acc.device)
+        for name, v in self.reader.named_parameters(): v.requires_grad_(name.startswith('connector.') or not self.run.lora or '.lora_' in name)
 
     def merge(self):
         "The adapters become part of the language model"
@@ -554,6 +554,12 @@ def finish(p:Parts, stages:list, begun:float)->dict:
     for k in (1, 2): shutil.rmtree(p.folder/f'stage{k}', ignore_errors=True)
     return result
 
+def stages_of(p:Parts)->tuple: # -> first, and second if it has begun
+    "The stages as far as a run has come"
+    first, second = Stage(p, 1), any((p.folder/'stage2').glob('state-*')) and Stage(p, 2)
+    if second and not second.step: return Stage(p, 1), None  # all its states are damaged
+    return first, second or None
+
 def train(run:VLMRun, folder:Path)->dict:
     "Begin or continue a run, as one of its processes"
     acc = accelerator(run, folder)
@@ -561,12 +567,11 @@ def train(run:VLMRun, folder:Path)->dict:
         if (result := on_main(acc, lambda: complete(folder, run))) is not None: return result
         begun, p = time.time(), Parts(run, folder, acc)
         if run.tracker: acc.init_trackers('clipdino', asdict(run))
-        first = Stage(p, 1)
-        p.first_steps, second = first.steps, any(folder.glob('stage2/state-*')) and Stage(p, 2)
-        at = first.steps + second.step if second and second.step else first.step
+        first, second = stages_of(p)
+        p.first_steps, at = first.steps, first.steps + second.step if second else first.step
         p.metrics = on_main(acc, lambda: Metrics(folder/'metrics.jsonl', upto=at or -1))
-        if at and acc.is_main_process: say(f'continuing {folder.name} from step {at} of {first.steps + (second or first).steps}')
-        if not (second and second.step):
+        if at and acc.is_main_process: say(f'continuing {folder.name} from step {at - first.steps*bool(second)} of stage {1 + bool(second)}')
+        if not second:
             first.fit()
             second = Stage(p, 2)
         second.fit()

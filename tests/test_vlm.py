@@ -1,5 +1,5 @@
 "VLMs: what is saved is what was trained, in the form that others open; what runs are, however they are cut, split or fed."
-import json, os, subprocess, sys
+import json, os, random, signal, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,20 +8,24 @@ import pytest
 import timm
 import torch
 import transformers
+from filelock import FileLock
+from helpers import context, group, start
 from PIL import Image
+from test_chat import said as turns, written
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
-from clipdino.chat import render
+from clipdino.chat import LlavaJson, TEMPLATES, render
 from clipdino.core import Metrics, SettingsError, generator
 from clipdino.encoders import load_encoder
 from clipdino.lm import small_lm
-from clipdino.pretrain import NonFinite, accelerator
+from clipdino.pretrain import NonFinite, accelerator, arguments, pretrain, settings as clip_settings
 from clipdino.questions import prompt, squares
-from clipdino.vlm import CONNECTORS, Parts, Reader, Stage, agrees, check_inputs, make_connector, make_processor, make_vlm, open_llm, open_vlm, settings, tower_of, tower_tokens, train, train_vlm
+from clipdino.vlm import CONNECTORS, Parts, Reader, Seen, Stage, main, make_chats, make_processor, make_vlm, open_llm, open_vlm, settings, tower_of, tower_tokens, train_vlm
 from clipdino.worldvqa import WorldVQA
 
-root = Path(__file__).parent.parent
+context.set_forkserver_preload(['clipdino.vlm'])
 TINY, MINI = 'random:clipdino_vit_smoke', 'random:clipdino_vit_mini'  # a plain ViT of 32 px with 16 patches; one with a convolutional stem
 
 @pytest.fixture(scope='module', autouse=True)
@@ -36,7 +40,7 @@ def top(tmp_path_factory):
         m.chdir(top)
         yield top
 
-def smoke(name, **given): return settings('smoke', **{'name': name, 'encoder': TINY, 'questions': 0, **given})
+def smoke(name, **given): return settings(**{'preset': 'smoke', 'name': name, 'encoder': TINY, 'questions': 0, **given})
 
 def trained(name, **given):
     "A run's folder and result"
@@ -67,6 +71,14 @@ def said(folder, kind=AutoModelForImageTextToText):
     model, processor = kind.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
     x = inputs(processor, QUESTIONS, pictures())
     return model(**x).logits, model.generate(**x, max_new_tokens=6, do_sample=False).tolist()
+
+def elsewhere(top, f, *args):
+    "`f(*args)` in the folder and with the cache of `top`, in another process"
+    os.chdir(top)
+    os.environ |= dict(CLIPDINO_CACHE=str(top/'cache'), OMP_NUM_THREADS='1')
+    os.environ.pop('IN_TEST', None)
+    torch.set_num_threads(1)
+    return f(*args)
 
 # ---- what is saved
 
@@ -243,3 +255,328 @@ def test_a_connector_begins_as_its_seed_says(connector):
     a = made(0, False)
     assert torch.equal(torch.get_rng_state(), before)
     assert same(a, made(0, True)) and not same(a, made(1, False))
+
+# ---- loss and gradients
+
+def llava_data(d, n=48, text=.6):
+    "A list with pictures of all shapes and rows without one, as JSON:FOLDER"
+    r, rows = random.Random(0), []
+    for k in range(n):
+        q, a = f'What is in {r.choice("abcdef")*r.randrange(1, 9)}?', ' '.join(['cat', 'dog', 'two'][r.randrange(3)] for _ in range(r.randrange(1, 12)))
+        rows.append(dict(id=str(k), conversations=turns(q, a, 'And?', 'No')) if r.random() < text else dict(id=str(k), image=f'{k % 7}.png', conversations=turns(f'<image>\n{q}', a)))
+    path, folder = written(d, rows, [f'{k}.png' for k in range(7)])
+    return f'{path}:{folder}'
+
+@torch.no_grad()
+def naive(run, stage, step):
+    "Mean cross-entropy of a step's answer tokens: conversation by conversation, from pixels, through transformers, in double precision"
+    p = parts(run)
+    s, vlm, losses = Stage(p, stage), p.vlm.double(), []
+    for b in s.batches.micro(step, 1):
+        ids, targets, length = b['ids'][0], b['targets'][0], int(b['mask'].sum())
+        x = dict(pixel_values=p.encoder.prepare(s.seen.pictures.batch(b['pictures'].numpy(), p.encoder.size)).double()) if b['image'].any() else {}
+        logits = vlm(input_ids=ids[None, :length], attention_mask=torch.ones(1, length, dtype=torch.int64), **x).logits[0]
+        at = torch.tensor([t for t in range(1, length) if targets[t] != -100])
+        assert (targets[at] == ids[at]).all()
+        losses.append(-logits[at - 1].log_softmax(1)[range(len(at)), ids[at]])
+    return float(torch.cat(losses).mean())
+
+def steps(run, stage, n=3):
+    "Loss of some steps, and gradients of the first"
+    p, losses, grads = parts(run), [], {}
+    s = Stage(p, stage)
+    step = s.opt.step
+    def record(): grads.update({k: v.grad.numpy().copy() for k, v in p.reader.named_parameters() if v.grad is not None and k not in grads}), step()
+    s.opt.step = record
+    for k in range(n): losses.append(s.update(s.parts(k)))
+    assert grads.keys() == {k for k, v in p.reader.named_parameters() if v.requires_grad}
+    return losses, grads
+
+def close(a, b):
+    for x, y in zip(a[0], b[0]): assert x == pytest.approx(y, rel=1e-4)
+    assert a[1].keys() == b[1].keys() and len(a[0]) == len(b[0])
+    for k, v in a[1].items(): assert abs(v - b[1][k]).max() <= 1e-4*abs(v).max(), k
+
+@pytest.mark.parametrize('stage', [1, 2])
+def test_the_loss_is_the_mean_over_answer_tokens(tmp_path, stage):
+    "On the world, and on conversations of which some have no picture"
+    for name, given in ('world', {}), ('list', dict(stage2_data=llava_data(tmp_path))):
+        run = smoke(f'loss-{name}-{stage}', **given)
+        assert steps(run, stage, 1)[0][0]['loss'] == pytest.approx(naive(run, stage, 0), rel=2e-5)
+
+@pytest.mark.parametrize('stage', [1, 2])
+def test_a_batch_in_parts_is_the_whole_batch(tmp_path, stage):
+    "Also in parts without a picture, and of unequal size"
+    given = dict(stage2_data=llava_data(tmp_path), stage1_batch=10, stage2_batch=10, connector='resampler')
+    whole = steps(smoke(f'whole-{stage}', **given), stage)
+    for micro in 1, 4: close(whole, steps(smoke(f'parts-{stage}-{micro}', micro=micro, **given), stage))
+
+@pytest.mark.parametrize('stage, given', [(1, {}), (2, {}), (2, dict(micro=1, lora=2))], ids=str)
+def test_several_processes_are_one(top, tmp_path, stage, given):
+    "Also at steps where one of them has no picture"
+    given = dict(stage2_data=llava_data(tmp_path), stage1_batch=4, stage2_batch=4, **given)
+    name = f'ranks-{stage}-{len(given)}'
+    one = steps(smoke(name, **given), stage)
+    s = Stage(parts(smoke(name, **given)), stage)
+    pictures = [[s.batches.rows(k, r, 2)['image'].any().item() for r in (0, 1)] for k in range(3)]
+    assert stage == 1 or [True, False] in pictures or [False, True] in pictures
+    close(one, group(2, elsewhere, top, steps, smoke(name, **given), stage))
+
+# ---- runs that are cut
+
+def run_in(top, run):
+    elsewhere(top, train_vlm, run)
+
+def made(folder):
+    "All that a run leaves, without what was measured with a clock"
+    rows = [{k: v for k, v in r.items() if k not in ('per_s', 'waited')} for r in Metrics.read(folder/'metrics.jsonl')]
+    result = {k: v for k, v in json.loads((folder/'result.json').read_text()).items() if k not in ('name', 'seconds_of_last_start', 'environment')}
+    return rows, result, (folder/'model.safetensors').read_bytes(), sorted(p.name for p in folder.iterdir())
+
+MOMENTS = dict(  # what is there when the process is killed
+    stage1=lambda d: len(Metrics.read(d/'metrics.jsonl')) > 5, between=lambda d: (d/'stage1/state-000000020.safetensors').exists(),
+    stage2=lambda d: len(Metrics.read(d/'metrics.jsonl')) > 27, writing=lambda d: any((d/'stage2').glob('.state*')), saving=lambda d: (d/'.vlm').exists())
+
+@pytest.mark.parametrize('given', [dict(questions=40, micro=5), dict(lora=2, connector='pool', encoder=MINI)], ids=['plain', 'lora'])
+def test_killed_at_any_moment(top, given):
+    "In both stages, between them, while a state is written and while the model is saved: it ends with the bytes of an unbroken run"
+    chance = random.Random(len(given))
+    given = dict(dict(stage1_samples=160, stage2_samples=160, stage1_batch=8, stage2_batch=8, save_every=24), **given)
+    straight, killed = (smoke(f'{k}-{len(given)}', **given) for k in ('straight', 'killed'))
+    train_vlm(straight)
+    d, n = top/'runs'/killed.name, 0
+    for moment, there in MOMENTS.items():
+        p = start(run_in, top, killed)
+        while p.is_alive() and not there(d): time.sleep(.001)
+        if moment in ('stage1', 'stage2'): time.sleep(chance.random()*.03)
+        os.kill(p.pid, chance.choice((signal.SIGKILL, signal.SIGTERM)))
+        p.join()
+        n += p.exitcode < 0
+    assert n >= 4 and not (d/'result.json').exists()
+    p = start(run_in, top, killed)
+    p.join()
+    assert p.exitcode == 0 and made(d) == made(top/'runs'/straight.name)
+    assert [r['step'] for r in made(d)[0]] == list(range(1, 41))
+
+class Cut(Exception): pass
+
+def cut(run, stage, step, monkeypatch):
+    "Train up to a step"
+    update = Stage.update
+    def stop(self, parts):
+        if (self.k, self.step) == (stage, step): raise Cut
+        return update(self, parts)
+    with monkeypatch.context() as m, pytest.raises(Cut):
+        m.setattr(Stage, 'update', stop)
+        train_vlm(run)
+
+def spoil(path): path.write_bytes(path.read_bytes()[:-9] + b'123456789')
+
+@pytest.mark.parametrize('given', [{}, dict(lora=2)], ids=['plain', 'lora'])
+def test_damaged_states(monkeypatch, capsys, given):
+    "The one before it serves; without one the stage begins again; the end is the same"
+    given = dict(given, stage1_batch=8, stage2_batch=8, save_every=16, seed=5)
+    whole = trained(f'sound{len(given)}', **given)[0]
+    for k, damage in enumerate([['stage2/state-000000006'], ['stage2/state-000000006', 'stage2/state-000000004'], ['stage1/state-000000008'], ['stage1/state-000000008', 'stage2/state-000000006', 'stage2/state-000000004']]):
+        run = smoke(f'damaged{k}-{len(given)}', **given)
+        cut(run, 2, 7, monkeypatch)
+        for f in damage: spoil(Path('runs')/run.name/f'{f}.safetensors')
+        capsys.readouterr()
+        train_vlm(run)
+        out = capsys.readouterr().out
+        assert out.count('is damaged') >= len(damage) and ('continuing' in out) == (k < 3)
+        assert made(Path('runs')/run.name) == made(whole), damage
+
+def test_other_settings_or_data_are_refused_by_name(tmp_path, monkeypatch):
+    run = smoke('changed', stage2_data=llava_data(tmp_path), template='vicuna')
+    cut(run, 1, 3, monkeypatch)
+    for k, v in dict(stage1_lr=1., layer=-1, connector='linear', seed=4, encoder='random:clipdino_vit_mini').items():
+        with pytest.raises(SettingsError, match=f'changed was begun with other settings: {k} was'): train_vlm(replace(run, **{k: v}))
+    with monkeypatch.context() as m:
+        m.setitem(TEMPLATES, 'vicuna', TEMPLATES['vicuna'].replace('curious', 'sleepy'))
+        with pytest.raises(SettingsError, match='changed was begun with other settings: fingerprint was'): train_vlm(run)
+    text = (tmp_path/'list.json').read_text()
+    (tmp_path/'list.json').write_text(text.replace('cat', 'cow', 1))
+    with pytest.raises(SettingsError, match='changed was begun with other settings: fingerprint was'): train_vlm(run)
+    (tmp_path/'list.json').write_text(text)
+    assert train_vlm(replace(run, save_every=16))['stages'][1]['seen'] == 64
+
+def test_a_run_that_is_complete_is_looked_up(monkeypatch, capsys):
+    folder, result = trained('done')
+    monkeypatch.setattr('clipdino.vlm.Parts', None)
+    assert train_vlm(smoke('done')) == result and 'done is complete; delete its folder to run it again' in capsys.readouterr().out
+    with pytest.raises(SettingsError, match='done was begun with other settings: seed was 0 and is now 1'): train_vlm(smoke('done', seed=1))
+
+def hold(folder, ready):
+    with FileLock(folder/'.lock'):
+        ready.set()
+        time.sleep(60)
+
+def test_a_second_process_is_refused(top, monkeypatch):
+    (top/'runs/held').mkdir(parents=True)
+    ready = context.Event()
+    p = start(hold, top/'runs/held', ready)
+    ready.wait()
+    monkeypatch.setattr('clipdino.pretrain.FileLock', lambda path, timeout: FileLock(path, timeout=.1))
+    with pytest.raises(SettingsError, match='another process is running held; wait for it, or give this run another name'): train_vlm(smoke('held'))
+    p.kill(), p.join()
+
+def test_what_is_not_finite_stops_the_run_before_it_does_harm():
+    p = parts(smoke('nan'))
+    p.first_steps, p.metrics = 4, Metrics(p.folder/'metrics.jsonl')
+    s, ids = Stage(p, 1), None
+    good = p.seen[0].rows
+    p.seen[0].rows = s.seen.rows = np.array(good)
+    bad = int(s.batches.rows(2)['pictures'][3])
+    p.seen[0].rows[bad, 1, 1] = np.nan
+    with pytest.raises(NonFinite, match=r'stage 1, step 2: loss nan, gradient norm nan; no weight was changed. Its conversations: \d+(, \d+){7} ...'): s.fit()
+    assert s.step == 2 and all(v.isfinite().all() for v in p.reader.parameters()) and len(p.metrics.rows()) == 2
+    s = Stage(p, 2)
+    with torch.no_grad(): next(p.reader.lm.parameters())[0, 0] = np.inf
+    before = {k: v.clone() for k, v in p.reader.state_dict().items()}
+    with pytest.raises(NonFinite, match='stage 2, step 0'): s.fit()
+    assert same(before, p.reader.state_dict())
+
+def test_features_that_are_not_finite_are_refused():
+    run, e = smoke('x'), load_encoder(TINY)
+    e.blocks[0].mlp.fc1.weight.data[0] = np.nan
+    with pytest.raises(SettingsError, match='features of picture 0 of world are not finite under random:clipdino_vit_smoke'): Seen(e, make_chats(run, 1, e.mean).pictures, run)
+
+# ---- adapters
+
+def test_adapters_are_trained_alone_and_then_become_part_of_the_model():
+    run = smoke('lora', lora=4, connector='mlp', lm_lr=3.)
+    p = parts(run)
+    p.first_steps, p.metrics = 0, Metrics(p.folder/'metrics.jsonl')
+    llm = open_llm('small', 'smoke')[0].model.state_dict()
+    s = Stage(p, 2)
+    assert all('.lora_' in n or n.startswith('connector.') for n, v in p.reader.named_parameters() if v.requires_grad)
+    assert {'.'.join(n.split('.')[-4:-1]) for n, v in p.reader.named_parameters() if '.lora_A' in n} == {f'{m}.lora_A.default' for m in ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')}
+    before = {n: v.clone() for n, v in p.reader.named_parameters() if '.lora_' in n}
+    s.fit()
+    after = p.reader.state_dict()
+    assert not any(torch.equal(v, after[n]) for n, v in before.items())
+    assert same({n.removeprefix('lm.').replace('.base_layer', ''): v for n, v in after.items() if n.startswith('lm.') and '.lora_' not in n}, llm)
+    x = inputs(p.processor, QUESTIONS, pictures())
+    with torch.no_grad():
+        adapted = p.vlm(**x).logits
+        p.merge()
+        torch.testing.assert_close(p.vlm(**x).logits, adapted, atol=1e-4, rtol=0)
+
+def test_a_run_with_adapters_leaves_a_plain_llava(tmp_path):
+    folder, result = trained('lora-run', lora=4, questions=40)
+    assert result['val']['questions'] == 40 and not any('lora' in k for k in load_file(folder/'model.safetensors')) and not list(folder.glob('adapter*'))
+    assert result['parameters'] == trained('alone')[1]['parameters']
+    for l, t in zip(*[iter(fresh(folder, tmp_path))]*2): assert torch.equal(l, said(folder)[0])
+
+# ---- language models
+
+SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=None)
+
+def language_model(d, kind='Llama', template=TEMPLATES['vicuna'], spare=0, mark=True, **config):
+    "A small one with a tokenizer of its own; its generation settings are as Vicuna's, which transformers will not save"
+    t = Tokenizer(models.BPE())
+    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    t.train_from_iterator([], trainers.BpeTrainer(special_tokens=['?', '<s>', '</s>'] + ['<image>']*mark, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=t, chat_template=template, bos_token='<s>', eos_token='</s>', unk_token='?')
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f'{kind}Config')(**SIZES, vocab_size=len(tokenizer) + spare, **config))
+    noisy(model).save_pretrained(d)
+    tokenizer.save_pretrained(d)
+    (d/'generation_config.json').write_text(json.dumps(dict(bos_token_id=1, eos_token_id=2, temperature=.9, top_p=.6, do_sample=False)))
+    return str(d)
+
+LLMS = dict(llama=dict(), llama_tied=dict(tie_word_embeddings=True, spare=13), llama_without_mark=dict(mark=False), tied_without_mark=dict(mark=False, tie_word_embeddings=True), spare_without_mark=dict(mark=False, spare=3),
+            qwen2=dict(kind='Qwen2', tie_word_embeddings=True), qwen2_untied=dict(kind='Qwen2', mark=False), gpt_neox=dict(kind='GPTNeoX', hidden_dropout=.3, attention_dropout=.3, tie_word_embeddings=False))
+
+@pytest.mark.parametrize('case', LLMS)
+def test_language_models(tmp_path, case):
+    "Trained, saved, opened; the head is trained where it is one of its own; dropout, where a family has it, makes no difference"
+    llm = language_model(tmp_path/'lm', **LLMS[case])
+    folder, result = trained(f'llm-{case}', llm=llm, stage1_samples=16, stage2_samples=32)
+    assert folder.name == f'llm-{case}' and settings('smoke', encoder='e', llm=llm).folder_name == 'vlm-e-lm'
+    model, info = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not info['missing_keys'] and not info['unexpected_keys']
+    assert {k: getattr(model.generation_config, k) for k in ('bos_token_id', 'eos_token_id', 'temperature', 'do_sample')} == dict(bos_token_id=1, eos_token_id=2, temperature=None, do_sample=None)
+    run, began = smoke(f'llm-{case}-again', llm=llm, stage1_samples=16, stage2_samples=32), open_llm(llm, 'smoke')[0]
+    assert result['stages'][0]['loss'] == pytest.approx(naive(run, 1, 0), rel=1e-5)
+    head, first = model.lm_head.weight, began.get_output_embeddings().weight
+    assert head.shape == first.shape and not torch.equal(head, first)
+    assert torch.equal(head, model.get_input_embeddings().weight) == bool(began.config.tie_word_embeddings)
+
+def test_embeddings_grow_for_the_mark_alone_and_as_the_seed_says(tmp_path):
+    llm = language_model(tmp_path/'lm', mark=False)
+    (a, t), (b, _), (c, _) = (open_llm(llm, 'smoke', seed) for seed in (0, 0, 1))
+    weights = [m.get_input_embeddings().weight for m in (a, b, c)]
+    n = len(t) - 1
+    assert t.convert_tokens_to_ids('<image>') == n and weights[0].shape[0] % 64 == 0
+    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[0][:n], weights[2][:n]) and not torch.equal(weights[0], weights[2])
+    same_size = language_model(tmp_path/'spare', mark=False, spare=1)
+    assert open_llm(same_size, 'smoke')[0].get_input_embeddings().num_embeddings == n + 1
+
+def test_language_models_that_do_not_fit(tmp_path):
+    def refused(match, kind='Llama', **given):
+        with pytest.raises(SettingsError, match=match) as e: trained('unfit', llm=language_model(tmp_path/f'{kind}{len(given)}', kind, **given))
+        assert '\n' not in str(e.value)
+    refused('the tokenizer has no chat template: give one of vicuna, chatml as template', template=None)
+    refused('PhiForCausalLM does more between its decoder and its logits than LLaVA', 'Phi')
+    refused('Gemma2ForCausalLM does more between its decoder and its logits', 'Gemma2', head_dim=16)
+    refused('GPT2LMHeadModel keeps its decoder or embeddings where LLaVA does not look', 'GPT2')
+    llm = language_model(tmp_path/'bare', template=None)
+    assert trained('given-template', llm=llm, template='vicuna', stage1_samples=16, stage2_samples=16)[1]['llm'] == llm
+
+# ---- data in LLaVA's format
+
+def test_lists_of_conversations(tmp_path):
+    "With rows of text alone, rows that are counted as unusable, and pictures of all shapes; cached and not"
+    spec = llava_data(tmp_path)
+    rows = json.loads((tmp_path/'list.json').read_text()) + [dict(id='gone', image='gone.png', conversations=turns('<image>\nWhat?', 'cat'))]
+    (tmp_path/'list.json').write_text(json.dumps(rows))
+    captions = [dict(r, conversations=r['conversations'][:2]) for r in rows if 'image' in r]
+    (tmp_path/'captions.json').write_text(json.dumps(captions))
+    given = dict(stage1_data=f'{tmp_path}/captions.json:{tmp_path}/pictures', stage2_data=spec, stage1_batch=6, stage2_batch=6, stage1_samples=0, stage2_samples=96, max_bad=.2)
+    made = {cached: trained(f'list-{cached}', cached=cached, **given) for cached in (True, False)}
+    for folder, result in made.values():
+        assert [s['unusable'] for s in result['stages']] == [{'missing picture': 1}]*2
+        assert [s['conversations'] for s in result['stages']] == [len(captions) - 1, len(rows) - 1] and result['stages'][0]['seen'] == (len(captions) - 1)//6*6
+    (a, _), (b, _) = made.values()
+    for x, y in zip(Metrics.read(a/'metrics.jsonl'), Metrics.read(b/'metrics.jsonl')): assert x['loss'] == pytest.approx(y['loss'], rel=1e-4)
+
+@pytest.mark.parametrize('mean', [(.1, .6, .3), (.485, .456, .406)])
+def test_padding_has_the_same_colour_in_training_and_after(tmp_path, mean):
+    "The encoder's mean"
+    e, llm = load_encoder(TINY), open_llm('small', 'smoke')
+    e.mean = mean
+    path, folder = llava_data(tmp_path).split(':')
+    processor, run = make_processor(smoke('x'), e, llm[1]), smoke('x', stage2_data=f'{path}:{folder}')
+    files = make_chats(run, 2, e.mean).pictures
+    want = inputs(processor, ['?']*len(files), [files.picture(i) for i in range(len(files))])['pixel_values']
+    assert {files.picture(i).size[0] == files.picture(i).size[1] for i in range(len(files))} == {False}
+    torch.testing.assert_close(e.prepare(files.batch(range(len(files)), e.size)), want, atol=1e-6, rtol=0)
+    assert len({LlavaJson(path, folder, mean=m).pictures.fingerprint for m in (mean, (.5, .5, .5))}) == 2
+
+# ---- what is refused
+
+@pytest.mark.parametrize('given, message', [
+    (dict(encoder='nowhere'), "'nowhere' names no encoder; what does:"), (dict(llm='/nowhere/lm'), '/nowhere/lm can not be read: '), (dict(connector='pool', image_tokens=5), 'image_tokens=5 must be a square number'),
+    (dict(image_tokens=4), 'image_tokens is for the connectors pool and resampler; mlp makes one token of each patch'), (dict(connector='pool', image_tokens=64), 'image_tokens=64 must be at most the 16 patches of'),
+    (dict(layer=0), 'layer=0 is none: blocks count from 1, or from -1 backwards'),
+    (dict(layer=3), 'layer=3 is not there: random:clipdino_vit_smoke has layers 1 to 2'), (dict(preset='paper'), "the preset paper trains on data in LLaVA's format: give stage1_data as JSON:FOLDER"),
+    (dict(stage2_data='somewhere'), "stage2_data='somewhere' is neither world nor JSON:FOLDER"), (dict(stage2_data='a.json:b'), 'a.json is not there, or empty'), (dict(stage1_samples=3), 'stage1_samples=3 must be at least one batch, 16, or 0'),
+    (dict(stage2_batch=15, processes=2), 'stage2_batch=15 must be a multiple of the 2 processes'), (dict(tracker='paper'), "tracker='paper' is not one of"), (dict(template='alpaca'), "template='alpaca' is not one of vicuna, chatml"),
+    (dict(connector='qformer'), "connector='qformer' is not one of mlp, linear, pool, resampler"), (dict(context=8), 'context=8 has no room for the 16 tokens of a picture'), (dict(lm_lr=-1.), 'lm_lr=-1.0 must be a finite number'),
+    (dict(stage1_batch=65, stage1_samples=65), 'world captions, web has 64 conversations with targets within context=512, fewer than batch=65')], ids=str)
+def test_settings_that_are_refused(given, message):
+    with pytest.raises(SettingsError, match=message) as e: trained('refused', **given)
+    assert '\n' not in str(e.value) and not Path('runs/refused/settings.json').exists(), 'the corrected command may have the same name'
+
+def test_folders_that_hold_no_vlm(top):
+    pretrain(clip_settings('smoke', name='clip', probes=0))
+    (top/'runs/half').mkdir()
+    for f in 'runs/clip', 'runs/half', 'runs/nowhere':
+        with pytest.raises(SettingsError, match=f'{f} holds no VLM; is the run finished?'): open_vlm(f)
+
+def test_options_give_the_settings(monkeypatch, capsys):
+    run, seen = settings('smoke', encoder='e', lora=8, cached=False, lm_lr=.5, name='o'), []
+    monkeypatch.setattr('clipdino.vlm.train_vlm', lambda r: seen.append(r) or {})
+    main(arguments(run, settings('smoke')))
+    assert seen == [run] and json.loads(capsys.readouterr().out) == dict(name=None, stages=None, val=None)
