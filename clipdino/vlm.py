@@ -7,15 +7,17 @@ __all__ = ['CONNECTORS', 'SMOKE', 'SMALL', 'PAPER', 'PRESET', 'SOURCES', 'WORLD_
            'Tower', 'renamed', 'as_vit', 'as_clip', 'tower_tokens', 'agrees', 'own_tower', 'tower_of', 'Resampler',
            'Pool', 'make_connector', 'ConnectorConfig', 'ConnectorLlava', 'open_llm', 'seeded', 'image_tokens',
            'lm_keys', 'text_logits', 'make_vlm', 'make_processor', 'save_vlm', 'open_vlm', 'make_chats', 'Seen',
-           'Reader', 'rate', 'Stage', 'Parts', 'Held', 'check_inputs', 'finish', 'stages_of', 'train', 'train_vlm',
-           'main', 'show_training', 'show_val']
+           'Reader', 'rate', 'in_one', 'whole_state', 'shard_reader', 'Stage', 'Parts', 'Held', 'check_inputs',
+           'finish', 'stages_of', 'train', 'train_vlm', 'main', 'show_training', 'show_val']
 
 # %% ../nbs/05_vlm.ipynb #2c21e6cf
 import math, os, shutil, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -24,7 +26,11 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedConfig, PreTrainedModel, ViTConfig, ViTModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.image_processing_llava import LlavaImageProcessor
@@ -34,6 +40,7 @@ from .chat import MARK, AnyQuestions, Batches, Form, LlavaJson, WorldCaptions, e
 from .core import Metrics, PRESETS, Progress, Settings, check, digest, environment, generator, in_test, injected, one_of, run_dir, say, sync, theme, write_json, writing
 from .encoders import Encoder, HFEncoder, OpenClipEncoder, TimmEncoder, folder_of, load_encoder, reading
 from .lm import small_lm
+from .objectives import layers_of
 from .pretrain import NonFinite, accelerator, arguments, check_settings, complete, launched, load_state, on_main, only_one, program, save_state, spawn, tensors_digest, world_size
 from .probe import features, patch_tokens, slug
 from .questions import CATEGORIES, LETTERS, VISION, prompt
@@ -82,6 +89,7 @@ class VLMRun(Settings):
     micro: int = 0  # conversations that a process takes at once; 0 for all of its share
     cached: bool = True  # keep the patch tokens of all pictures on the disk; else pictures are encoded as they come
     processes: int = 0  # on this machine; 0: one for each GPU, or for the CPU. accelerate or torchrun, where they launch the run, decide instead
+    shard: bool = False  # split weights, gradients and moments of stage 2 over the processes (FSDP), for language models that one GPU can not train
     precision: str = 'auto'  # fp32 or bf16; auto: bf16 on GPUs that have it
     save_every: int = 16384  # conversations between saved states
     tracker: str = ''  # tensorboard or wandb, through accelerate
@@ -104,7 +112,7 @@ class VLMRun(Settings):
 SMOKE = dict(canvas=32, stage1_samples=64, stage1_batch=16, stage2_samples=64, stage2_batch=16, questions=40, save_every=32)
 SMALL = dict(canvas=144, stage1_samples=262_144, stage1_batch=256, stage1_lr=1e-3, stage2_samples=524_288, stage2_batch=128, stage2_lr=3e-4, context=1024, save_every=65536)
 PAPER = dict(llm='lmsys/vicuna-7b-v1.5', template='vicuna', stage1_data='', stage2_data='', stage1_samples=0, stage1_batch=256, stage1_lr=1e-3, stage2_samples=0, stage2_batch=128, stage2_lr=2e-5,
-             context=2048, questions=0, cached=False, micro=8, save_every=65536)
+             context=2048, questions=0, cached=False, micro=8, shard=True, save_every=65536)
 PRESET = dict(smoke=SMOKE, mini={}, small=SMALL, paper=PAPER)
 SOURCES = dict(llm='the paper', template='LLaVA-1.5: conversation v1', layer='LLaVA-1.5: mm_vision_select_layer', connector='LLaVA-1.5: mlp2x_gelu', stage1_batch='LLaVA-1.5, pretrain.sh', stage1_lr='LLaVA-1.5, pretrain.sh',
                stage1_samples='LLaVA-1.5: one epoch of 558K captions', stage2_samples='LLaVA-1.5: one epoch of 665K conversations', stage2_batch='LLaVA-1.5, finetune.sh', stage2_lr='LLaVA-1.5, finetune.sh', warmup='LLaVA-1.5: warmup_ratio',
@@ -305,9 +313,10 @@ def make_vlm(run:VLMRun, e:Encoder, llm:nn.Module, tokenizer)->LlavaForCondition
     same = dict(vision_config=tower.config, text_config=llm.config, image_token_index=tokenizer.convert_tokens_to_ids(MARK), image_seq_length=k, vision_feature_layer=run.layer, vision_feature_select_strategy='default')
     config = LlavaConfig(**same) if run.connector == 'mlp' else ConnectorConfig(**same, connector=run.connector, connector_tokens=k)
     kind = LlavaForConditionalGeneration if run.connector == 'mlp' else ConnectorLlava
+    odd = f'{type(llm).__name__} keeps its decoder or embeddings where LLaVA does not look for them; a decoder-only causal LM is needed, such as Llama, Qwen2 or SmolLM'
+    check(hasattr(llm.base_model, 'embed_tokens') or not llm.config.tie_word_embeddings, odd)
     with torch.device('meta'): vlm = kind(config)
-    fits = type(vlm.model.language_model) is type(llm.base_model) and (hasattr(llm.base_model, 'embed_tokens') or not llm.config.tie_word_embeddings)
-    check(fits, f'{type(llm).__name__} keeps its decoder or embeddings where LLaVA does not look for them; a decoder-only causal LM is needed, such as Llama, Qwen2 or SmolLM')
+    check(type(vlm.model.language_model) is type(llm.base_model), odd)
     needs, before = lm_keys(vlm), text_logits(llm)
     vlm.model.vision_tower, vlm.model.language_model, vlm.lm_head = tower, llm.base_model, llm.get_output_embeddings()
     with seeded(run.seed, 1): vlm.model.multi_modal_projector = LlavaMultiModalProjector(config) if run.connector == 'mlp' else make_connector(config)
@@ -389,6 +398,22 @@ def rate(done:float, warmup:float)->float:
     return done/warmup if done < warmup else .5*(1 + math.cos(math.pi*(done - warmup)/max(1 - warmup, 1e-9)))
 
 # %% ../nbs/05_vlm.ipynb #ab95501b
+def in_one(v): return v.full_tensor() if isinstance(v, DTensor) else v
+
+def whole_state(x, keep:bool)->dict: # a module or an optimiser; whether this process wants it
+    "Its state in one piece; all processes must ask at the same time"
+    def one(v):
+        v = in_one(v).cpu() if isinstance(v, DTensor) else v
+        return v if keep else None
+    return tree_map(one, x.state_dict())
+
+def shard_reader(reader:nn.Module, acc):
+    "Split the reader's weights over the processes, layer by layer"
+    mesh = init_device_mesh(acc.device.type, (acc.num_processes,))
+    for layer in layers_of(reader.lm): fully_shard(layer, mesh=mesh)
+    fully_shard(reader, mesh=mesh)
+
+# %% ../nbs/05_vlm.ipynb #d2dadbb8
 class Stage:
     "One stage: what is trained, on which batches, from which state"
     def __init__(self, p:'Parts', k:int):
@@ -398,14 +423,31 @@ class Stage:
         p.reader.requires_grad_(False)
         p.reader.connector.requires_grad_(True)
         if k == 2: p.train_lm()
-        groups = [dict(params=[v for n, v in p.reader.named_parameters() if v.requires_grad and n.startswith('connector.') == own], scale=scale) for own, scale in ((True, 1.), (False, run.lm_lr))]
-        self.opt = torch.optim.AdamW([g for g in groups if g['params']], lr=run.of(k, 'lr'), betas=(.9, run.beta2), weight_decay=run.weight_decay, fused=True)
-        self.params = [v for g in self.opt.param_groups for v in g['params']]
+        self.sharded = run.shard and k == 2 and p.acc.num_processes > 1
+        p.reader.to('cpu' if self.sharded else p.acc.device)  # the whole with its moments may be more than a GPU has
+        self.opt = self._optimiser()
         self.folder = p.folder/f'stage{k}'
         self.trained = p.reader.connector if k == 1 else p.reader
         on_main(p.acc, self._tidy)
         self.step = load_state(self.folder, self.trained, self.opt)
-        self.model = p.acc.prepare(p.reader)
+
+    def _optimiser(self):
+        "Of what is trained as it is now: connector, and language model at its own rate"
+        run, trained = self.p.run, [(n, v) for n, v in self.p.reader.named_parameters() if v.requires_grad]
+        groups = [dict(params=[v for n, v in trained if n.startswith('connector.') == own], scale=scale) for own, scale in ((True, 1.), (False, run.lm_lr))]
+        return torch.optim.AdamW([g for g in groups if g['params']], lr=run.of(self.k, 'lr'), betas=(.9, run.beta2), weight_decay=run.weight_decay, fused=True)
+
+    @cached_property
+    def model(self)->nn.Module:
+        "The reader as the processes share it; made when it is first used, from what was loaded"
+        p = self.p
+        if not self.sharded: return p.acc.prepare(p.reader)
+        shard_reader(p.reader, p.acc)
+        before, self.opt = self.opt.state_dict(), self._optimiser()
+        params = [v for g in self.opt.param_groups for v in g['params']]
+        for i, slots in before['state'].items(): slots.update({k: distribute_tensor(t.to(params[i].device), params[i].device_mesh, params[i].placements, src_data_rank=None) for k, t in slots.items() if t.ndim})
+        self.opt.load_state_dict(before)
+        return p.reader
 
     def _tidy(self):
         with writing(self.folder): self.folder.mkdir(exist_ok=True)
@@ -421,14 +463,16 @@ class Stage:
 
     def update(self, parts:list)->dict:
         "One step: loss, gradient, update; raises `NonFinite` before any weight is changed"
-        acc, total = self.p.acc, 0.
+        acc, model, total = self.p.acc, self.model, 0.
         for j, b in enumerate(parts):
             b, n = {k: v.to(acc.device) for k, v in b.items() if torch.is_tensor(v)}, b['n_targets']
-            with nullcontext() if j == len(parts) - 1 else acc.no_sync(self.model):
-                with acc.autocast(): loss = self.model(**b)/n
+            last = j == len(parts) - 1
+            if isinstance(model, FSDPModule): model.set_requires_gradient_sync(last)
+            with nullcontext() if last else acc.no_sync(model):
+                with acc.autocast(): loss = model(**b)/n
                 acc.backward(loss*acc.num_processes)  # whose gradients are averaged
             total = total + loss.detach()
-        norm = nn.utils.clip_grad_norm_(self.params, self.p.run.clip_grad)
+        norm = in_one(nn.utils.clip_grad_norm_([v for g in self.opt.param_groups for v in g['params']], self.p.run.clip_grad))
         loss = float(acc.reduce(total, 'sum') if acc.num_processes > 1 else total)
         if not math.isfinite(loss) or not math.isfinite(float(norm)):
             raise NonFinite(f'stage {self.k}, step {self.step}: loss {loss:g}, gradient norm {float(norm):g}; no weight was changed. Its conversations: {", ".join(map(str, self.batches.plan(self.step)[:8]))} ...')
@@ -439,9 +483,11 @@ class Stage:
         return dict(loss=loss, grad_norm=float(norm))
 
     def save(self):
-        if not self.p.acc.is_main_process: return
+        main = self.p.acc.is_main_process
+        model, opt = (SimpleNamespace(state_dict=lambda state=whole_state(x, main): state) for x in (self.trained, self.opt))
+        if not main: return
         self.p.metrics.sync()
-        save_state(self.folder, self.trained, self.opt, self.step, keep=1 if self.step == self.steps else 2)
+        save_state(self.folder, model, opt, self.step, keep=1 if self.step == self.steps else 2)
 
     def fit(self):
         "Train to the end of the stage"
@@ -462,7 +508,7 @@ class Stage:
                     clock, since, waited = time.time(), self.step, 0.
                 if self.step % save_every == 0 or self.step == self.steps: self.save()
 
-# %% ../nbs/05_vlm.ipynb #d2dadbb8
+# %% ../nbs/05_vlm.ipynb #9b7f2bf6
 class Parts:
     "What a run is made of"
     def __init__(self, run:VLMRun, folder:Path, acc):
@@ -470,21 +516,36 @@ class Parts:
         self.encoder = load_encoder(run.encoder, acc.device)
         self.fingerprint = self.encoder.fingerprint  # before it becomes part of the VLM
         self.chats = [make_chats(run, k, self.encoder.mean) for k in (1, 2)]
-        llm, self.tokenizer = open_llm(run.llm, run.preset, run.seed)
-        self.vlm, self.processor = make_vlm(run, load_encoder(run.encoder), llm, self.tokenizer), make_processor(run, self.encoder, self.tokenizer)
+        self.build()
+        self.processor = make_processor(run, self.encoder, self.tokenizer)
         self.batches = [Batches(c, self.tokenizer, image_tokens(run, self.encoder), run.of(k, 'batch'), run.seed, run.context, plain=k == 1, template=run.template) for k, c in enumerate(self.chats, 1)]
-        data = digest(self.fingerprint, tensors_digest(llm.state_dict()), *(b.fingerprint for b in self.batches))
+        data = digest(self.fingerprint, tensors_digest({k: v.cpu() for k, v in self.reader.state_dict().items() if not k.startswith('connector.')}), *(b.fingerprint for b in self.batches))
         on_main(acc, lambda: check_settings(folder, run, data))  # only now, so that no setting is noted that is refused
         self.seen = [Seen(self.encoder, c.pictures, run) for c in self.chats]  # of several processes one makes the features, and the others wait for it at their lock
-        self.reader = Reader(self.vlm).to(acc.device).eval()  # without dropout, which would need a random stream
+
+    def build(self):
+        "Make the VLM, as it is before training"
+        llm, self.tokenizer = open_llm(self.run.llm, self.run.preset, self.run.seed)
+        self.vlm = make_vlm(self.run, load_encoder(self.run.encoder), llm, self.tokenizer)
+        self.reader = Reader(self.vlm).eval()  # without dropout, which would need a random stream
         self.adapted = None
+
+    def join(self):
+        "If its weights are split over the processes, make the VLM again in one piece, on the main process"
+        if not isinstance(self.reader, FSDPModule): return
+        state = whole_state(self.reader, self.acc.is_main_process)
+        if not self.acc.is_main_process: return
+        self.build()
+        self.train_lm()  # for its adapters
+        self.reader.load_state_dict(state)
+        self.reader.to(self.acc.device)
 
     def train_lm(self):
         "Have the language model trained, or adapters in it"
         if self.run.lora and self.adapted is None:
             from peft import LoraConfig, get_peft_model  # takes a second
             with seeded(self.run.seed, 3): self.adapted = get_peft_model(self.reader.lm, LoraConfig(r=self.run.lora, lora_alpha=2*self.run.lora, lora_dropout=0., target_modules='all-linear'))  # LLaVA-1.5: alpha is twice the rank; dropout would need a stream
-            self.reader.lm = self.adapted.base_model.model.to(self.acc.device)
+            self.reader.lm = self.adapted.base_model.model
         for name, v in self.reader.named_parameters(): v.requires_grad_(name.startswith('connector.') or not self.run.lora or '.lora_' in name)
 
     def merge(self):
@@ -529,6 +590,7 @@ class Held:
 def check_inputs(run:VLMRun):
     "Refuse what is not there, before anything is loaded"
     n = world_size(run)
+    check(os.environ.get('ACCELERATE_USE_FSDP', 'false') != 'true', 'accelerate launch --use_fsdp would split stage 1 too: launch without it, and give shard=True')
     for k in (1, 2):
         spec, samples, batch = (run.of(k, v) for v in ('data', 'samples', 'batch'))
         check(batch % n == 0, f'stage{k}_batch={batch} must be a multiple of the {n} processes')
@@ -575,6 +637,7 @@ def train(run:VLMRun, folder:Path)->dict:
             first.fit()
             second = Stage(p, 2)
         second.fit()
+        p.join()
         return on_main(acc, lambda: finish(p, [first, second], begun))
 
 def train_vlm(run:VLMRun)->dict:

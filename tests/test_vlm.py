@@ -22,7 +22,7 @@ from clipdino.encoders import load_encoder
 from clipdino.lm import small_lm
 from clipdino.pretrain import NonFinite, accelerator, arguments, pretrain, settings as clip_settings
 from clipdino.questions import prompt, squares
-from clipdino.vlm import CONNECTORS, Parts, Reader, Seen, Stage, main, make_chats, make_processor, make_vlm, open_llm, open_vlm, settings, tower_of, tower_tokens, train_vlm
+from clipdino.vlm import CONNECTORS, Parts, Reader, Seen, Stage, main, make_chats, make_processor, make_vlm, open_llm, open_vlm, settings, tower_of, tower_tokens, train, train_vlm
 from clipdino.worldvqa import WorldVQA
 
 context.set_forkserver_preload(['clipdino.vlm'])
@@ -321,6 +321,34 @@ def test_several_processes_are_one(top, tmp_path, stage, given):
     pictures = [[s.batches.rows(k, r, 2)['image'].any().item() for r in (0, 1)] for k in range(3)]
     assert stage == 1 or [True, False] in pictures or [False, True] in pictures
     close(one, group(2, elsewhere, top, steps, smoke(name, **given), stage))
+
+@pytest.mark.parametrize('given', [{}, dict(micro=1, lora=2)], ids=str)
+def test_weights_that_are_split_over_processes(top, tmp_path, given):
+    "Gradients of the parts that a process holds, put together, are those of one process; so is the end, also after a cut"
+    given = dict(dict(stage2_data=llava_data(tmp_path), stage1_batch=4, stage2_batch=4, stage1_samples=8, stage2_samples=32, save_every=12, connector='resampler', encoder=MINI), **given)
+    one = trained(f'one{len(given)}', **given)[0]
+    run = smoke(f'split{len(given)}', shard=True, **given)
+    (top/'runs'/run.name).mkdir()
+    assert group(2, elsewhere, top, split, run, 5) == 5
+    result, local = group(2, elsewhere, top, split, run, 0)
+    assert sum(local) < .6*sum(result['parameters'][k] for k in ('lm', 'connector')) or given.get('lora')
+    a, b = (load_file(f'runs/{n}/model.safetensors') for n in (one.name, run.name))
+    assert a.keys() == b.keys()
+    for k in a: torch.testing.assert_close(b[k], a[k], atol=2e-4, rtol=0)
+    for x, y in zip(*(Metrics.read(f'runs/{n}/metrics.jsonl') for n in (one.name, run.name)), strict=True): assert (x['step'], x['loss'], x['grad_norm']) == (y['step'], pytest.approx(y['loss'], rel=1e-3), pytest.approx(y['grad_norm'], rel=1e-3))
+    open_vlm(f'runs/{run.name}')
+
+def split(run, until):
+    "Train as one of several processes, up to a step of stage 2 or to the end; what was seen"
+    update, local = Stage.update, []
+    def step(self, parts):
+        if until and (self.k, self.step) == (2, until): raise Cut
+        out = update(self, parts)
+        if self.k == 2 and not local: local.extend(v.to_local().numel() for v in self.p.reader.parameters())
+        return out
+    Stage.update = step
+    try: return train(run, Path('runs')/run.name), local
+    except Cut: return until
 
 # ---- runs that are cut
 
