@@ -532,12 +532,12 @@ class Parts:
 
     def join(self):
         "If its weights are split over the processes, make the VLM again in one piece, on the main process"
-        if not isinstance(self.reader, FSDPModule): return
-        state = whole_state(self.reader, self.acc.is_main_process)
-        if not self.acc.is_main_process: return
-        self.build()
-        self.train_lm()  # for its adapters
-        self.reader.load_state_dict(state)
+        if isinstance(self.reader, FSDPModule):
+            state = whole_state(self.reader, self.acc.is_main_process)
+            if not self.acc.is_main_process: return
+            self.build()
+            self.train_lm()  # for its adapters
+            self.reader.load_state_dict(state)
         self.reader.to(self.acc.device)
 
     def train_lm(self):

@@ -22,7 +22,7 @@ from clipdino.encoders import load_encoder
 from clipdino.lm import small_lm
 from clipdino.pretrain import NonFinite, accelerator, arguments, pretrain, settings as clip_settings
 from clipdino.questions import prompt, squares
-from clipdino.vlm import CONNECTORS, Parts, Reader, Seen, Stage, main, make_chats, make_processor, make_vlm, open_llm, open_vlm, settings, tower_of, tower_tokens, train, train_vlm
+from clipdino.vlm import CONNECTORS, Parts, Reader, Seen, Stage, main, make_chats, make_processor, make_vlm, open_llm, open_vlm, rate, settings, tower_of, tower_tokens, train, train_vlm
 from clipdino.worldvqa import WorldVQA
 
 context.set_forkserver_preload(['clipdino.vlm'])
@@ -338,6 +338,16 @@ def test_weights_that_are_split_over_processes(top, tmp_path, given):
     for x, y in zip(*(Metrics.read(f'runs/{n}/metrics.jsonl') for n in (one.name, run.name)), strict=True): assert (x['step'], x['loss'], x['grad_norm']) == (y['step'], pytest.approx(y['loss'], rel=1e-3), pytest.approx(y['grad_norm'], rel=1e-3))
     open_vlm(f'runs/{run.name}')
 
+def test_a_notebook_starts_processes(monkeypatch):
+    "Which train as a program, and save classes of ours by their names; accelerate's own way to split weights is refused"
+    given = dict(encoder=MINI, connector='linear', questions=40)
+    (one, a), (two, b) = trained('alone-linear', **given), trained('several', processes=2, shard=True, **given)
+    assert b['environment']['processes'] == 2 and [s['loss'] for s in a['stages']] == pytest.approx([s['loss'] for s in b['stages']], rel=1e-3)
+    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir()) and (one/'config.json').read_text() == (two/'config.json').read_text()
+    torch.testing.assert_close(said(one)[0], said(two)[0], atol=1e-2, rtol=0)
+    monkeypatch.setenv('ACCELERATE_USE_FSDP', 'true')
+    with pytest.raises(SettingsError, match='launch without it, and give shard=True'): trained('fsdp')
+
 def split(run, until):
     "Train as one of several processes, up to a step of stage 2 or to the end; what was seen"
     update, local = Stage.update, []
@@ -349,6 +359,16 @@ def split(run, until):
     Stage.update = step
     try: return train(run, Path('runs')/run.name), local
     except Cut: return until
+
+def test_learning_rates():
+    "Up over the warm-up, then down a cosine to 0; the language model's is a multiple of the connector's; found in the sizes of AdamW's first steps"
+    assert [rate(k/100, .1) for k in (5, 10, 55, 100)] == pytest.approx([.5, 1, .5, 0]) and rate(0., 0.) == 1 and rate(1., 1.) == 1
+    s = Stage(parts(smoke('rates', stage2_lr=1e-3, lm_lr=.1, warmup=.5)), 2)
+    before = {k: v.detach().clone() for k, v in s.p.reader.named_parameters()}
+    s.update(s.parts(0))
+    moved = {k: float((v - before[k]).abs().max()) for k, v in s.p.reader.named_parameters()}
+    assert [g['lr'] for g in s.opt.param_groups] == pytest.approx([5e-4, 5e-5])
+    for k, v in moved.items(): assert v == pytest.approx(5e-4 if k.startswith('connector.') else 5e-5, rel=.02), k
 
 # ---- runs that are cut
 
