@@ -7,7 +7,7 @@ __all__ = ['LM', 'SIZES', 'FORMS', 'NAME', 'KEY', 'BOTH', 'CHECK', 'SPECIAL', 'T
            'document', 'Documents', 'units', 'make_tokenizer', 'small_model', 'batches', 'train_small', 'small_lm',
            'reading_scores']
 
-# %% ../nbs/05_lm.ipynb #c3200ca9
+# %% ../nbs/05_lm.ipynb #84e891e4
 import math, os, re, shutil, tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from .questions import CATEGORIES, LETTERS, prompt
 from .world import NAMES, POSITIONS, caption, versions
 from .worldvqa import QUESTIONS, WorldVQA, describe, knowledge
 
-# %% ../nbs/05_lm.ipynb #6c49a397
+# %% ../nbs/05_lm.ipynb #36320fa6
 LM = '1'  # version of what it is trained on, and how
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class SmallLM(Settings):
 
 SIZES = dict(smoke=dict(width=32, layers=2, heads=2, docs=128, batch=16), mini={}, small=dict(width=384, layers=8, heads=6, docs=2_000_000, batch=256, lr=1e-3))
 
-# %% ../nbs/05_lm.ipynb #ac921444
+# %% ../nbs/05_lm.ipynb #603308dc
 FORMS = dict(letter=.3, name=.1, text=.15, both=.1, key=.15, check=.2)  # shares of the forms of a turn
 NAME, KEY, BOTH, CHECK = 'Which of these is {}?', 'Which letter has each option?', 'Answer with the option and its letter.', 'Say yes or no to each option.'
 
@@ -79,7 +79,7 @@ class Documents:
     def __init__(self, seed:int, early:int=0): self.questions, self.seed, self.early = WorldVQA('train', 1, seed=seed + 1_000_000), seed, early
     def __call__(self, ids)->list: return [document(s, row, np_rng(self.seed, int(i)), i < self.early) for i, (s, row) in zip(ids, self.questions.made(ids))]
 
-# %% ../nbs/05_lm.ipynb #7621e2da
+# %% ../nbs/05_lm.ipynb #d2412db6
 SPECIAL = '<pad>', '<s>', '<|end|>', '<|system|>', '<|user|>', '<|assistant|>', MARK
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 
@@ -99,7 +99,7 @@ def make_tokenizer(texts, vocab:int=4096)->PreTrainedTokenizerFast:
     t.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab, min_frequency=2, special_tokens=list(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', bos_token='<s>', eos_token='<|end|>', additional_special_tokens=[MARK], chat_template=TEMPLATE, padding_side='left', clean_up_tokenization_spaces=False)
 
-# %% ../nbs/05_lm.ipynb #2b4bbe7f
+# %% ../nbs/05_lm.ipynb #5669fcf9
 def small_model(run:SmallLM, tokenizer)->nn.Module:
     "The model before training: a function of its size and seed"
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=run.width, intermediate_size=3*run.width, num_hidden_layers=run.layers, num_attention_heads=run.heads, num_key_value_heads=run.heads, max_position_embeddings=2048,
@@ -111,7 +111,7 @@ def small_model(run:SmallLM, tokenizer)->nn.Module:
         nn.init.normal_(w, std=run.width**-.5 if 'embed' in name else w.shape[1]**-.5*(run.width**-.5 if inner else 1), generator=g)
     return model
 
-# %% ../nbs/05_lm.ipynb #b6434383
+# %% ../nbs/05_lm.ipynb #4a256cf0
 def batches(run:SmallLM, form:Form, mega:int=16):
     "Yields ids (B, L) and weights (B, L) of each step: documents of similar length together. What is answered counts fully, all else a tenth"
     steps, documents, rng = run.docs//run.batch, Documents(run.seed, run.docs//8), np_rng(run.seed, 32)
@@ -160,7 +160,7 @@ def small_lm(preset:str='mini')->Path:
             os.replace(f'{tmp}/lm', d)
     return d
 
-# %% ../nbs/05_lm.ipynb #06a195d5
+# %% ../nbs/05_lm.ipynb #755f76fb
 @torch.inference_mode()
 def reading_scores(model, tokenizer, n:int=2000, batch:int=100)->pd.DataFrame:
     "Share of held-out questions answered with the right letter from the description alone, by task"

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clipdino.chat import MARK, Form
 from clipdino.core import SettingsError
-from clipdino.lm import FORMS, SIZES, Documents, SmallLM, batches, shuffled, small_lm, small_model, turn
+from clipdino.lm import FORMS, NAME, SIZES, Documents, SmallLM, batches, shuffled, small_lm, small_model, turn
 from clipdino.questions import LETTERS, prompt
 from clipdino.world import NAMES, POSITIONS
 
@@ -76,11 +76,13 @@ def test_a_turn_says_how_it_is_to_be_answered(rows):
     "No two forms have the same prompt, and each answer is what was asked for"
     for row in rows:
         said = {f: turn(row, f, np.random.default_rng(3)) for f in FORMS}
-        assert len({user.splitlines()[-1] + user.splitlines()[0] for user, _ in said.values()}) == 4
+        assert len({user.splitlines()[-1] + user.splitlines()[0] for user, _ in said.values()}) == len(FORMS)
         option = row[row['answer']]
         mixed = shuffled(row, np.random.default_rng(3))
         assert sorted(mixed[l] for l in LETTERS) == sorted(row[l] for l in LETTERS) and mixed[mixed['answer']] == option
         assert said['letter'] == (prompt(mixed), mixed['answer']) and said['text'][1] == option and said['both'][1] == f'{option} {mixed["answer"]}'
+        assert said['name'] == (prompt(dict(mixed, question=NAME.format(option))), mixed['answer'])
+        assert {l: f'{mixed[l]} {"yes" if mixed[l] == option else "no"}' in said['check'][1] for l in LETTERS} == dict.fromkeys(LETTERS, True)
         assert sorted(said['key'][1].split()) == sorted(' '.join(f'{mixed[l]} {l}' for l in LETTERS).split())
     assert {turn(rows[0], 'letter', np.random.default_rng(k))[1] for k in range(40)} == set(LETTERS)
 
@@ -118,7 +120,7 @@ def test_batches(tokenizer):
     "Every document once; what is answered counts ten times as much as the rest, and padding nothing"
     run, form = SmallLM.make(SIZES, 'smoke'), Form(tokenizer)
     seen = [(tuple(i[w > 0].tolist()), tuple((w[w > 0] == 1).tolist())) for ids, weights in batches(run, form) for i, w in zip(ids, weights)]
-    assert sorted(seen) == sorted((tuple(ids.tolist()), tuple(loss.tolist())) for ids, loss in form([(d, False) for d in Documents(0)(range(run.docs))]))
+    assert sorted(seen) == sorted((tuple(ids.tolist()), tuple(loss.tolist())) for ids, loss in form([(d, False) for d in Documents(0, run.docs//8)(range(run.docs))]))
     assert {float(v) for _, weights in batches(run, form) for v in weights.unique()} == {0., float(np.float32(.1)), 1.}
 
 def test_it_opens_as_any_other(made, tokenizer):
