@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONNECTORS', 'SMOKE', 'SMALL', 'PAPER', 'PRESET', 'SOURCES', 'WORLD_ROWS', 'VLMRun', 'settings', 'TowerConfig',
            'Tower', 'renamed', 'as_vit', 'as_clip', 'tower_tokens', 'agrees', 'own_tower', 'tower_of', 'Resampler',
-           'Pool', 'make_connector', 'ConnectorConfig', 'ConnectorLlava', 'open_llm', 'seeded', 'image_tokens',
+           'Pool', 'make_connector', 'ConnectorConfig', 'ConnectorLlava', 'open_llm', 'seeded', 'picture_tokens',
            'lm_keys', 'text_logits', 'make_vlm', 'make_processor', 'save_vlm', 'open_vlm', 'make_chats', 'Seen',
            'Reader', 'rate', 'in_one', 'whole_state', 'shard_reader', 'Stage', 'Parts', 'Held', 'check_inputs',
            'finish', 'stages_of', 'train', 'train_vlm', 'main', 'show_training', 'show_val']
@@ -292,7 +292,7 @@ def seeded(seed:int, use:int):
         torch.manual_seed(generator(seed, 41, use).initial_seed())
         yield
 
-def image_tokens(run:VLMRun, e:Encoder)->int:
+def picture_tokens(run:VLMRun, e:Encoder)->int:
     "How many tokens stand for a picture"
     n, fewer = math.prod(e.grid), run.connector in ('pool', 'resampler')
     k = (run.image_tokens or max(e.grid[0]//2, 1)**2) if fewer else n
@@ -309,7 +309,7 @@ def text_logits(model:nn.Module)->torch.Tensor:
 
 def make_vlm(run:VLMRun, e:Encoder, llm:nn.Module, tokenizer)->LlavaForConditionalGeneration:
     "LLaVA of these parts, with a new connector"
-    tower, k = tower_of(e, run.layer), image_tokens(run, e)
+    tower, k = tower_of(e, run.layer), picture_tokens(run, e)
     same = dict(vision_config=tower.config, text_config=llm.config, image_token_index=tokenizer.convert_tokens_to_ids(MARK), image_seq_length=k, vision_feature_layer=run.layer, vision_feature_select_strategy='default')
     config = LlavaConfig(**same) if run.connector == 'mlp' else ConnectorConfig(**same, connector=run.connector, connector_tokens=k)
     kind = LlavaForConditionalGeneration if run.connector == 'mlp' else ConnectorLlava
@@ -333,7 +333,7 @@ _AS_TEXT = ("{%- set ns = namespace(all=[]) -%}{%- for m in messages -%}{%- set 
 
 def make_processor(run:VLMRun, e:Encoder, tokenizer)->LlavaProcessor:
     "Pictures and conversations as the VLM was trained on them"
-    side, square = math.isqrt(image_tokens(run, e)), dict(height=e.size, width=e.size)
+    side, square = math.isqrt(picture_tokens(run, e)), dict(height=e.size, width=e.size)
     pictures = LlavaImageProcessor(do_pad=True, size=dict(shortest_edge=e.size), crop_size=square, image_mean=list(e.mean), image_std=list(e.std))
     return LlavaProcessor(pictures, tokenizer, patch_size=e.size//side, vision_feature_select_strategy='default', num_additional_image_tokens=1, chat_template=_AS_TEXT + template_of(tokenizer, run.template))
 
@@ -518,7 +518,7 @@ class Parts:
         self.chats = [make_chats(run, k, self.encoder.mean) for k in (1, 2)]
         self.build()
         self.processor = make_processor(run, self.encoder, self.tokenizer)
-        self.batches = [Batches(c, self.tokenizer, image_tokens(run, self.encoder), run.of(k, 'batch'), run.seed, run.context, plain=k == 1, template=run.template) for k, c in enumerate(self.chats, 1)]
+        self.batches = [Batches(c, self.tokenizer, picture_tokens(run, self.encoder), run.of(k, 'batch'), run.seed, run.context, plain=k == 1, template=run.template) for k, c in enumerate(self.chats, 1)]
         data = digest(self.fingerprint, tensors_digest({k: v.cpu() for k, v in self.reader.state_dict().items() if not k.startswith('connector.')}), *(b.fingerprint for b in self.batches))
         on_main(acc, lambda: check_settings(folder, run, data))  # only now, so that no setting is noted that is refused
         self.seen = [Seen(self.encoder, c.pictures, run) for c in self.chats]  # of several processes one makes the features, and the others wait for it at their lock
@@ -565,7 +565,7 @@ class Held:
         self.questions = WorldVQA('val', run.questions, run.canvas)
         self.seen, self.p, self.image = Seen(p.encoder, self.questions, run), p, form.image
         asked = form([([(prompt(r), None)], True) for r in self.questions.rows])
-        self.ids = [expand(*a, form.image, image_tokens(run, p.encoder))[0] for a in asked]
+        self.ids = [expand(*a, form.image, picture_tokens(run, p.encoder))[0] for a in asked]
         (ask, _), *said = form([([('?', a)], False) for a in (None, *LETTERS)])
         self.letters = torch.tensor([s[0][len(ask)] for s in said])
         check(len(set(self.letters.tolist())) == 4, 'the tokenizer begins the letters A to D with one and the same token')
@@ -605,7 +605,7 @@ def finish(p:Parts, stages:list, begun:float)->dict:
     save_vlm(p.vlm, p.processor, p.folder)
     rows = p.metrics.rows()
     result = dict(name=run.folder_name, preset=run.preset, seed=run.seed, llm=run.llm, connector=run.connector, encoder=dict(name=e.name, fingerprint=p.fingerprint, size=e.size, dim=e.dim, patches=math.prod(e.grid)),
-                  tower=type(p.vlm.model.vision_tower).__name__, image_tokens=image_tokens(run, e), parameters={k: sum(v.numel() for v in m.parameters()) for k, m in (('tower', p.vlm.model.vision_tower), ('connector', p.reader.connector), ('lm', p.reader.lm))},
+                  tower=type(p.vlm.model.vision_tower).__name__, image_tokens=picture_tokens(run, e), parameters={k: sum(v.numel() for v in m.parameters()) for k, m in (('tower', p.vlm.model.vision_tower), ('connector', p.reader.connector), ('lm', p.reader.lm))},
                   stages=[dict(seen=s.steps*run.of(s.k, 'batch'), loss=[r['loss'] for r in rows if r['stage'] == s.k][-1], **s.batches.counts(), unusable=dict(p.chats[s.k - 1].missing)) for s in stages],
                   seconds_of_last_start=time.time() - begun, environment=dict(p.environment, processes=p.acc.num_processes))
     if held:
