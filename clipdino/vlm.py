@@ -10,7 +10,7 @@ __all__ = ['CONNECTORS', 'SMOKE', 'SMALL', 'PAPER', 'PRESET', 'SOURCES', 'WORLD_
            'Reader', 'rate', 'in_one', 'whole_state', 'shard_reader', 'Stage', 'Parts', 'Held', 'check_inputs',
            'finish', 'stages_of', 'train', 'train_vlm', 'main', 'show_training', 'show_val']
 
-# %% ../nbs/05_vlm.ipynb #2c21e6cf
+# %% ../nbs/05_vlm.ipynb #2e9d86e1
 import math, os, shutil, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -47,7 +47,7 @@ from .questions import CATEGORIES, LETTERS, VISION, prompt
 from .world import POLICIES
 from .worldvqa import WorldVQA
 
-# %% ../nbs/05_vlm.ipynb #4167cb5a
+# %% ../nbs/05_vlm.ipynb #a0ae4d36
 CONNECTORS = 'mlp', 'linear', 'pool', 'resampler'
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def settings(preset:str='mini', **given)->VLMRun:
     "The settings of a run"
     return VLMRun.make(PRESET, preset, **given)
 
-# %% ../nbs/05_vlm.ipynb #384d96ca
+# %% ../nbs/05_vlm.ipynb #2cf9980e
 class TowerConfig(PreTrainedConfig):
     "A timm model as a vision tower"
     model_type = 'clipdino_tower'
@@ -152,7 +152,7 @@ class Tower(PreTrainedModel):
 AutoConfig.register('clipdino_tower', TowerConfig, exist_ok=True)
 AutoModel.register(TowerConfig, Tower, exist_ok=True)
 
-# %% ../nbs/05_vlm.ipynb #c29201b6
+# %% ../nbs/05_vlm.ipynb #21ca56f5
 def renamed(state:dict, names:dict, block:str, to:str, within:dict, qkv:str, heads:tuple)->dict: # names outside and within blocks; of the joint projection; of queries, keys, values
     "Weights of a ViT under other names, with queries, keys and values apart"
     out = {}
@@ -190,7 +190,7 @@ def as_clip(e:OpenClipEncoder)->PreTrainedModel:
                     'attn.in_proj_', [f'self_attn.{h}_proj' for h in 'qkv'])
     return CLIPVisionModel.from_pretrained(None, config=config, state_dict=state)
 
-# %% ../nbs/05_vlm.ipynb #9f8e31ad
+# %% ../nbs/05_vlm.ipynb #79dfa208
 def tower_tokens(tower:nn.Module, x, layer:int)->torch.Tensor: # (B, 3, S, S) -> (B, N, D)
     "What LLaVA reads from a tower: a layer without its first token"
     return tower(x, output_hidden_states=True, return_dict=True).hidden_states[layer][:, 1:]
@@ -223,7 +223,7 @@ def tower_of(e:Encoder, layer:int)->PreTrainedModel:
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError): pass  # it has other parts
     check(False, f'{e.name} has no form among vision towers that gives its patch tokens at layer {layer} from pictures of {e.size} px' + ('' if layer == -2 else '; with layer=-2 most have'))
 
-# %% ../nbs/05_vlm.ipynb #4689a475
+# %% ../nbs/05_vlm.ipynb #b2e7eea1
 class Resampler(nn.Module):
     "Learned queries that attend to the patch tokens once; then an MLP"
     def __init__(self, dim:int, width:int, patches:int, tokens:int, heads:int=4):
@@ -271,7 +271,7 @@ class ConnectorLlava(LlavaForConditionalGeneration):
 AutoConfig.register('clipdino_llava', ConnectorConfig, exist_ok=True)
 AutoModelForImageTextToText.register(ConnectorConfig, ConnectorLlava, exist_ok=True)
 
-# %% ../nbs/05_vlm.ipynb #1e1f72bd
+# %% ../nbs/05_vlm.ipynb #33c9dda8
 def open_llm(name:str, preset:str, seed:int=0)->tuple: # -> model, tokenizer
     "A language model whose tokenizer knows the mark of a picture"
     source = str(small_lm(preset)) if name == 'small' else str(folder_of(name) or name)
@@ -326,7 +326,7 @@ def make_vlm(run:VLMRun, e:Encoder, llm:nn.Module, tokenizer)->LlavaForCondition
     vlm.generation_config = GenerationConfig(**dict(ids, pad_token_id=tokenizer.pad_token_id))  # without the language model's own ways of sampling
     return vlm.float().requires_grad_(False)
 
-# %% ../nbs/05_vlm.ipynb #bed58356
+# %% ../nbs/05_vlm.ipynb #dc0fe1b5
 _AS_TEXT = ("{%- set ns = namespace(all=[]) -%}{%- for m in messages -%}{%- set c = namespace(text='') -%}{%- if m.content is string -%}{%- set c.text = m.content -%}{%- else -%}"
             "{%- for p in m.content -%}{%- set c.text = c.text + (MARK if p.type == 'image' else p.text) -%}{%- endfor -%}{%- endif -%}"
             "{%- set ns.all = ns.all + [{'role': m.role, 'content': c.text}] -%}{%- endfor -%}{%- set messages = ns.all -%}").replace('MARK', repr(f'{MARK}\n'))
@@ -354,7 +354,7 @@ def open_vlm(folder)->tuple: # -> model, processor
     check((Path(folder)/'processor_config.json').exists(), f'{folder} holds no VLM; is the run finished?')
     with reading(str(folder)): return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval(), AutoProcessor.from_pretrained(folder)
 
-# %% ../nbs/05_vlm.ipynb #c4e341ce
+# %% ../nbs/05_vlm.ipynb #faffcbd2
 WORLD_ROWS = dict(smoke=(64, 80), mini=(16384, 32768), small=(131_072, 163_840), paper=(131_072, 163_840))  # captions and questions of the world
 
 def make_chats(run:VLMRun, stage:int, mean): # colour of the padding that makes pictures square
@@ -374,7 +374,7 @@ class Seen:
         if not len(ids): return torch.empty(0, math.prod(self.e.grid), self.e.dim)
         return patch_tokens(self.e, self.e.prepare(self.pictures.batch(ids, self.e.size)), self.layer).clone()  # what inference mode made can't be trained on
 
-# %% ../nbs/05_vlm.ipynb #4df9fb29
+# %% ../nbs/05_vlm.ipynb #2c610471
 class Reader(nn.Module):
     "What is trained of a VLM: connector and language model, on patch tokens that are there already"
     def __init__(self, vlm:LlavaForConditionalGeneration):
@@ -397,7 +397,7 @@ def rate(done:float, warmup:float)->float:
     "The learning rate after a share of a stage, relative to its peak: linear, then a cosine down to 0"
     return done/warmup if done < warmup else .5*(1 + math.cos(math.pi*(done - warmup)/max(1 - warmup, 1e-9)))
 
-# %% ../nbs/05_vlm.ipynb #ab95501b
+# %% ../nbs/05_vlm.ipynb #177a7049
 def in_one(v): return v.full_tensor() if isinstance(v, DTensor) else v
 
 def whole_state(x, keep:bool)->dict: # a module or an optimiser; whether this process wants it
@@ -413,7 +413,7 @@ def shard_reader(reader:nn.Module, acc):
     for layer in layers_of(reader.lm): fully_shard(layer, mesh=mesh)
     fully_shard(reader, mesh=mesh)
 
-# %% ../nbs/05_vlm.ipynb #d2dadbb8
+# %% ../nbs/05_vlm.ipynb #55c9ef02
 class Stage:
     "One stage: what is trained, on which batches, from which state"
     def __init__(self, p:'Parts', k:int):
@@ -508,7 +508,7 @@ class Stage:
                     clock, since, waited = time.time(), self.step, 0.
                 if self.step % save_every == 0 or self.step == self.steps: self.save()
 
-# %% ../nbs/05_vlm.ipynb #9b7f2bf6
+# %% ../nbs/05_vlm.ipynb #5ff7b131
 class Parts:
     "What a run is made of"
     def __init__(self, run:VLMRun, folder:Path, acc):
@@ -557,7 +557,7 @@ class Parts:
         if self.acc.is_main_process: self.metrics.add(**row)
         self.acc.log(values, step=row['step'])
 
-# %% ../nbs/05_vlm.ipynb #b3c98eb7
+# %% ../nbs/05_vlm.ipynb #a7e4e081
 class Held:
     "Held-out questions, and the share that the reader in training answers right"
     def __init__(self, p:Parts):
@@ -586,7 +586,7 @@ class Held:
             out[at] = scores.argmax(1).numpy() == self.answers[at]
         return out
 
-# %% ../nbs/05_vlm.ipynb #f743a929
+# %% ../nbs/05_vlm.ipynb #c039c2c2
 def check_inputs(run:VLMRun):
     "Refuse what is not there, before anything is loaded"
     n = world_size(run)
@@ -657,13 +657,14 @@ def main(args=None):
 
 if __name__ == '__main__' and '__file__' in globals(): main()  # as a program; in a notebook there is no file
 
-# %% ../nbs/05_vlm.ipynb #418b9081
+# %% ../nbs/05_vlm.ipynb #2401506c
 def show_training(folder:Path):
     "Loss of both stages"
     rows = pd.DataFrame(Metrics.read(Path(folder)/'metrics.jsonl'))
     fig, axes = plt.subplots(1, 2, figsize=(7.5, 2.4), sharey=True)
     for ax, (stage, r), title in zip(axes, rows.groupby('stage'), ('stage 1: connector, captions', 'stage 2: connector and language model, questions')):
-        ax.plot(r.stage_step, r.loss)
+        ax.plot(r.stage_step, r.loss, color='C0', lw=.6, alpha=.35)  # goes up and down with the length of the answers
+        ax.plot(r.stage_step, r.loss.rolling(12, min_periods=1).mean(), color='C0')
         ax.set(xlabel='step', title=title)
     axes[0].set(ylabel='nats per answer token', ylim=(0, None))
 
