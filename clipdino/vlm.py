@@ -116,7 +116,7 @@ PAPER = dict(llm='lmsys/vicuna-7b-v1.5', template='vicuna', stage1_data='', stag
 PRESET = dict(smoke=SMOKE, mini={}, small=SMALL, paper=PAPER)
 SOURCES = dict(llm='the paper', template='LLaVA-1.5: conversation v1', layer='LLaVA-1.5: mm_vision_select_layer', connector='LLaVA-1.5: mlp2x_gelu', stage1_batch='LLaVA-1.5, pretrain.sh', stage1_lr='LLaVA-1.5, pretrain.sh',
                stage1_samples='LLaVA-1.5: one epoch of 558K captions', stage2_samples='LLaVA-1.5: one epoch of 665K conversations', stage2_batch='LLaVA-1.5, finetune.sh', stage2_lr='LLaVA-1.5, finetune.sh', warmup='LLaVA-1.5: warmup_ratio',
-               weight_decay='LLaVA-1.5', beta2="transformers' Trainer", clip_grad="transformers' Trainer", context='LLaVA-1.5: model_max_length', cached='ours: the encoder costs about 1 % of a step with a 7B model',
+               weight_decay='LLaVA-1.5', beta2="transformers' Trainer", clip_grad="transformers' Trainer", context='LLaVA-1.5: model_max_length', cached='ours: beside a 7B model the encoder is few operations, and its tokens would fill a disk',
                lm_lr='LLaVA-1.5 (its LoRA recipe has 2e-4 for rank 128 and 2e-5 for the connector: lm_lr 10)')
 
 def settings(preset:str='mini', **given)->VLMRun:

@@ -16,7 +16,8 @@ import torch
 from clipdino.chat import Form, expand
 from clipdino.core import environment
 from clipdino.pretrain import accelerator
-from clipdino.vlm import Parts, Stage, image_tokens, settings
+import clipdino.vlm
+from clipdino.vlm import Parts, Stage, picture_tokens, settings
 
 class Peer:
     "The same VLM by transformers alone"
@@ -25,7 +26,7 @@ class Peer:
         p.train_lm()
         p.vlm.model.multi_modal_projector.requires_grad_(True)
         self.opt = torch.optim.AdamW([v for v in p.vlm.parameters() if v.requires_grad], lr=1e-4, fused=True)
-        form, chats, n = Form(p.tokenizer, p.run.template), p.chats[1], image_tokens(p.run, p.encoder)
+        form, chats, n = Form(p.tokenizer, p.run.template), p.chats[1], picture_tokens(p.run, p.encoder)
         made = form([(chats.turns(i), True) for i in range(len(chats))])
         self.rows = [expand(*m, form.image, n) for m in made]
         self.order = np.random.default_rng(0)
@@ -48,9 +49,8 @@ def main(out, encoder, llm, batch, steps, rounds, questions):
     rows = []
     with tempfile.TemporaryDirectory() as d:
         Path(d, 'settings.ini').touch()
-        run = settings('smoke', encoder=encoder, llm=llm, canvas=48, stage2_batch=batch, stage2_samples=batch*steps*rounds, questions=0)
-        import clipdino.vlm as v
-        v.WORLD_ROWS['smoke'] = (64, questions)
+        run = settings('mini', encoder=encoder, stage1_samples=64, llm=llm, stage2_batch=batch, stage2_samples=batch*steps*rounds, questions=0)
+        clipdino.vlm.WORLD_ROWS['mini'] = (64, questions)
         begun = time.perf_counter()
         p = Parts(run, Path(d), accelerator(run, Path(d)))
         made = time.perf_counter() - begun
