@@ -23,12 +23,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .chat import MARK, SHORT, Form
 from .core import Progress, Settings, cache_dir, check, digest, generator, np_rng, one_of, say, writing
-from .questions import CATEGORIES, LETTERS, prompt
+from .questions import CATEGORIES, INSTRUCTION, LETTERS, prompt
 from .world import NAMES, POSITIONS, caption, versions
 from .worldvqa import QUESTIONS, WorldVQA, describe, knowledge
 
 # %% ../nbs/05_lm.ipynb #36320fa6
-LM = '1'  # version of what it is trained on, and how
+LM = '2'  # version of what it is trained on, and how
 
 @dataclass(frozen=True)
 class SmallLM(Settings):
@@ -58,12 +58,11 @@ def turn(row:dict, form:str, rng)->tuple: # -> user, assistant
     "One exchange about a question"
     row, answer = shuffled(row, rng), row[row['answer']]
     if form == 'text': return f'{row["question"]}\n{SHORT}', answer
-    asked = prompt(dict(row, question=NAME.format(answer) if form in ('name', 'check name') else KEY if form == 'key' else row['question']))
-    if form in ('letter', 'name'): return asked, row['answer']
-    if form == 'key': return asked, ' '.join(f'{row[l]} {l}' for l in rng.permutation(list(LETTERS)))
-    asked = asked[:asked.rindex('\n') + 1]
-    if form == 'both': return asked + BOTH, f'{answer} {row["answer"]}'
-    return asked + CHECK, ' '.join(f'{row[l]} {("no", "yes")[row[l] == answer]}' for l in rng.permutation(list(LETTERS)))
+    row = dict(row, question=NAME.format(answer) if form in ('name', 'check name') else KEY if form == 'key' else row['question'])
+    if form in ('letter', 'name'): return prompt(row), row['answer']
+    if form == 'key': return prompt(row), ' '.join(f'{row[l]} {l}' for l in rng.permutation(list(LETTERS)))
+    if form == 'both': return prompt(row, BOTH), f'{answer} {row["answer"]}'
+    return prompt(row, CHECK), ' '.join(f'{row[l]} {("no", "yes")[row[l] == answer]}' for l in rng.permutation(list(LETTERS)))
 
 def document(scene, row:dict, rng, early:bool=False)->list: # [(user, assistant)]
     "A description and three turns about it, or, of every tenth, a caption or a fact about a family; early ones are about options alone"
@@ -85,8 +84,7 @@ TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>' + m.co
 
 def units()->list:
     "Pieces of text that may become one token although they hold spaces"
-    fixed = prompt(dict(question='', **{l: '' for l in LETTERS})).splitlines()
-    phrases = [f'\n{fixed[1]}\nA.', *(f'\n{l}.' for l in LETTERS[1:]), f'\n{fixed[-1]}', f'\n{SHORT}', f'\n{BOTH}', f'\n{CHECK}', KEY, 'Question:', ' per cent']
+    phrases = ['\nOptions:\nA.', *(f'\n{l}.' for l in LETTERS[1:]), *(f'\n{s}' for s in (INSTRUCTION, SHORT, BOTH, CHECK)), KEY, 'Question:', ' per cent']
     names = sorted((n for n in (*NAMES, *POSITIONS) if not n.isalpha()), key=len, reverse=True)
     return [*map(re.escape, phrases), f' ?(?:{"|".join(map(re.escape, names))})']
 

@@ -147,7 +147,7 @@ def test_without_network_the_hub_gets_a_sentence(monkeypatch):
 
 def test_prompt_is_the_published_one():
     row = dict(question='What is it?', A='a', B='b', C='c', D='d')
-    assert prompt(row) == "Question: What is it?\nOptions:\nA. a\nB. b\nC. c\nD. d\nAnswer with the option's letter from the given choices directly."
+    assert prompt(row) == "Question: What is it?\nOptions:\nA. a\nB. b\nC. c\nD. d\nAnswer with the option's letter from the given choices directly.\n"
 
 OPTIONS = ['a red kite', 'two dogs', 'the sea', 'dogs']
 CASES = [  # answer, letter (None: drawn), because
