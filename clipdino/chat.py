@@ -9,7 +9,7 @@ __all__ = ['WORDINGS', 'SHORT', 'MARK', 'TEMPLATES', 'CHATS', 'LENGTH', 'AT', 'P
            'expand', 'render', 'facts', 'fill', 'read', 'tokens_of', 'Batches']
 
 # %% ../nbs/05_chat.ipynb #f3a34cf7
-import json, mmap, os, re, time, zlib
+import json, mmap, re, time, zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
@@ -356,6 +356,13 @@ class Form:
         odd = [t for t, (ids, _), (_, p) in zip(texts, out, chats) if self.image is not None and (ids == self.image).sum() != p]
         check(not odd, f'{MARK} stands for a picture and may not be in a text, as in {odd and odd[0][:200]!r}')
         return out
+
+    def begins(self, answers)->list: # texts that may be answers
+        "The token that each would begin with behind a prompt; refused unless they differ"
+        (ask, _), *said = self([([('?', a)], False) for a in (None, *answers)])
+        first = [int(s[0][len(ask)]) for s in said]
+        check(len(set(first)) == len(first), f'the tokenizer begins some of {", ".join(answers)} with one and the same token')
+        return first
 
     def _try(self):
         "See that a model can learn to end its turns, and that a question is the same tokens with and without its answer"

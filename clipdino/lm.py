@@ -165,8 +165,7 @@ def reading_scores(model, tokenizer, n:int=2000, batch:int=100)->pd.DataFrame:
     form, questions = Form(tokenizer), WorldVQA('val', n)
     made = questions.made(range(n))
     ids = [i for i, _ in form([([(f'{describe(s)}\n{prompt(r)}', None)], False) for s, r in made])]
-    (ask, _), *said = form([([('?', a)], False) for a in (None, *LETTERS)])
-    letters, right = torch.tensor([s[0][len(ask)] for s in said]), np.empty(n, bool)
+    letters, right = form.begins(LETTERS), np.empty(n, bool)
     order = np.argsort([len(i) for i in ids])
     for at in np.split(order, range(batch, n, batch)):
         x, last = nn.utils.rnn.pad_sequence([torch.from_numpy(ids[i]) for i in at], batch_first=True), torch.tensor([len(ids[i]) - 1 for i in at])

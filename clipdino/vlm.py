@@ -6,16 +6,16 @@
 __all__ = ['CONNECTORS', 'SMOKE', 'SMALL', 'PAPER', 'PRESET', 'SOURCES', 'WORLD_ROWS', 'VLMRun', 'settings', 'TowerConfig',
            'Tower', 'renamed', 'as_vit', 'as_clip', 'tower_tokens', 'agrees', 'own_tower', 'tower_of', 'Resampler',
            'Pool', 'make_connector', 'ConnectorConfig', 'ConnectorLlava', 'open_llm', 'seeded', 'picture_tokens',
-           'lm_keys', 'text_logits', 'make_vlm', 'make_processor', 'save_vlm', 'open_vlm', 'make_chats', 'Seen',
-           'Reader', 'rate', 'in_one', 'whole_state', 'shard_reader', 'Stage', 'Parts', 'Held', 'check_inputs',
-           'finish', 'stages_of', 'train', 'train_vlm', 'main', 'show_training', 'show_val']
+           'lm_keys', 'text_logits', 'make_vlm', 'make_processor', 'save_vlm', 'make_chats', 'Seen', 'Reader', 'rate',
+           'in_one', 'whole_state', 'shard_reader', 'Stage', 'Parts', 'Held', 'check_inputs', 'finish', 'stages_of',
+           'train', 'train_vlm', 'main', 'show_training', 'show_val']
 
 # %% ../nbs/05_vlm.ipynb #2e9d86e1
 import math, os, shutil, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +31,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedConfig, PreTrainedModel, ViTConfig, ViTModel
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedConfig, PreTrainedModel, ViTConfig, ViTModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
@@ -55,7 +56,7 @@ class VLMRun(Settings):
     "Settings of one VLM"
     preset: str = 'mini'  # smoke, mini, small or paper
     encoder: str = 'clip-mini-s0'  # run folder, timm name, hf:..., open_clip:..., random:..., or a file
-    llm: str = 'small'  # the embedded small language model, or a causal LM of transformers: folder or hub name
+    llm: str = 'world'  # the embedded language model, which reads what the world says, or a causal LM of transformers: folder or hub name
     name: str = ''  # the run's folder under runs/; empty means vlm- and the encoder's name
     seed: int = 0  # seeds connector, adapters and order
     # data
@@ -87,6 +88,7 @@ class VLMRun(Settings):
     # machinery
     questions: int = 1000  # held-out questions of the world that are answered at the end; 0 for none
     micro: int = 0  # conversations that a process takes at once; 0 for all of its share
+    recompute: bool = False  # make the language model's inner values again for the gradient instead of keeping them: a third more work, far less memory
     cached: bool = True  # keep the patch tokens of all pictures on the disk; else pictures are encoded as they come
     processes: int = 0  # on this machine; 0: one for each GPU, or for the CPU. accelerate or torchrun, where they launch the run, decide instead
     shard: bool = False  # split weights, gradients and moments of stage 2 over the processes (FSDP), for language models that one GPU can not train
@@ -106,17 +108,17 @@ class VLMRun(Settings):
         check(not self.image_tokens or self.connector in ('pool', 'resampler'), f'image_tokens is for the connectors pool and resampler; {self.connector} makes one token of each patch')
 
     @property
-    def folder_name(self)->str: return self.name or f'vlm-{slug(self.encoder)}' + ('' if self.llm == 'small' else f'-{slug(self.llm)}')
+    def folder_name(self)->str: return self.name or f'vlm-{slug(self.encoder)}' + ('' if self.llm == 'world' else f'-{slug(self.llm)}')
     def of(self, stage:int, what:str): return getattr(self, f'stage{stage}_{what}')
 
 SMOKE = dict(canvas=32, stage1_samples=64, stage1_batch=16, stage2_samples=64, stage2_batch=16, questions=40, save_every=32)
 SMALL = dict(canvas=144, stage1_samples=262_144, stage1_batch=256, stage1_lr=1e-3, stage2_samples=524_288, stage2_batch=128, stage2_lr=3e-4, context=1024, save_every=65536)
 PAPER = dict(llm='lmsys/vicuna-7b-v1.5', template='vicuna', stage1_data='', stage2_data='', stage1_samples=0, stage1_batch=256, stage1_lr=1e-3, stage2_samples=0, stage2_batch=128, stage2_lr=2e-5,
-             context=2048, questions=0, cached=False, micro=8, shard=True, save_every=65536)
+             context=2048, questions=0, cached=False, micro=8, recompute=True, shard=True, save_every=65536)
 PRESET = dict(smoke=SMOKE, mini={}, small=SMALL, paper=PAPER)
 SOURCES = dict(llm='the paper', template='LLaVA-1.5: conversation v1', layer='LLaVA-1.5: mm_vision_select_layer', connector='LLaVA-1.5: mlp2x_gelu', stage1_batch='LLaVA-1.5, pretrain.sh', stage1_lr='LLaVA-1.5, pretrain.sh',
                stage1_samples='LLaVA-1.5: one epoch of 558K captions', stage2_samples='LLaVA-1.5: one epoch of 665K conversations', stage2_batch='LLaVA-1.5, finetune.sh', stage2_lr='LLaVA-1.5, finetune.sh', warmup='LLaVA-1.5: warmup_ratio',
-               weight_decay='LLaVA-1.5', beta2="transformers' Trainer", clip_grad="transformers' Trainer", context='LLaVA-1.5: model_max_length', cached='ours: beside a 7B model the encoder is few operations, and its tokens would fill a disk',
+               weight_decay='LLaVA-1.5', beta2="transformers' Trainer", clip_grad="transformers' Trainer", context='LLaVA-1.5: model_max_length', recompute='LLaVA-1.5: gradient_checkpointing', cached='ours: beside a 7B model the encoder is few operations, and its tokens would fill a disk',
                lm_lr='LLaVA-1.5 (its LoRA recipe has 2e-4 for rank 128 and 2e-5 for the connector: lm_lr 10)')
 
 def settings(preset:str='mini', **given)->VLMRun:
@@ -274,7 +276,7 @@ AutoModelForImageTextToText.register(ConnectorConfig, ConnectorLlava, exist_ok=T
 # %% ../nbs/05_vlm.ipynb #33c9dda8
 def open_llm(name:str, preset:str, seed:int=0)->tuple: # -> model, tokenizer
     "A language model whose tokenizer knows the mark of a picture"
-    source = str(small_lm(preset)) if name == 'small' else str(folder_of(name) or name)
+    source = str(small_lm(preset)) if name == 'world' else str(folder_of(name) or name)
     with reading(source):
         model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -338,21 +340,16 @@ def make_processor(run:VLMRun, e:Encoder, tokenizer)->LlavaProcessor:
     return LlavaProcessor(pictures, tokenizer, patch_size=e.size//side, vision_feature_select_strategy='default', num_additional_image_tokens=1, chat_template=_AS_TEXT + template_of(tokenizer, run.template))
 
 def save_vlm(vlm:nn.Module, processor:LlavaProcessor, folder:Path):
-    "Write model and processor, each file whole, and last the one that `open_vlm` looks for"
+    "Write model and processor, each file whole, and last the one without which nobody opens a model"
     tmp = folder/'.vlm'
     shutil.rmtree(tmp, ignore_errors=True)  # of a process that was killed
     with writing(folder):
         vlm.save_pretrained(tmp)
         processor.save_pretrained(tmp)
-        for f in sorted(tmp.iterdir(), key=lambda f: f.name == 'processor_config.json'):
+        for f in sorted(tmp.iterdir(), key=lambda f: f.name == 'config.json'):
             sync(f)
             os.replace(f, folder/f.name)
         tmp.rmdir()
-
-def open_vlm(folder)->tuple: # -> model, processor
-    "A saved VLM, in evaluation mode"
-    check((Path(folder)/'processor_config.json').exists(), f'{folder} holds no VLM; is the run finished?')
-    with reading(str(folder)): return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval(), AutoProcessor.from_pretrained(folder)
 
 # %% ../nbs/05_vlm.ipynb #faffcbd2
 WORLD_ROWS = dict(smoke=(64, 80), mini=(16384, 32768), small=(131_072, 163_840), paper=(131_072, 163_840))  # captions and questions of the world
@@ -528,6 +525,8 @@ class Parts:
         llm, self.tokenizer = open_llm(self.run.llm, self.run.preset, self.run.seed)
         self.vlm = make_vlm(self.run, load_encoder(self.run.encoder), llm, self.tokenizer)
         self.reader = Reader(self.vlm).eval()  # without dropout, which would need a random stream
+        if self.run.recompute:
+            for layer in layers_of(self.reader.lm): layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         self.adapted = None
 
     def join(self):
@@ -566,9 +565,7 @@ class Held:
         self.seen, self.p, self.image = Seen(p.encoder, self.questions, run), p, form.image
         asked = form([([(prompt(r), None)], True) for r in self.questions.rows])
         self.ids = [expand(*a, form.image, picture_tokens(run, p.encoder))[0] for a in asked]
-        (ask, _), *said = form([([('?', a)], False) for a in (None, *LETTERS)])
-        self.letters = torch.tensor([s[0][len(ask)] for s in said])
-        check(len(set(self.letters.tolist())) == 4, 'the tokenizer begins the letters A to D with one and the same token')
+        self.letters = form.begins(LETTERS)
         self.order, self.answers = np.argsort([len(i) for i in self.ids]), np.array([LETTERS.index(r['answer']) for r in self.questions.rows])
 
     @torch.inference_mode()

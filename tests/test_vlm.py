@@ -22,7 +22,8 @@ from clipdino.encoders import load_encoder
 from clipdino.lm import small_lm
 from clipdino.pretrain import NonFinite, accelerator, arguments, pretrain, settings as clip_settings
 from clipdino.questions import prompt, squares
-from clipdino.vlm import CONNECTORS, Parts, Reader, Seen, Stage, main, make_chats, make_processor, make_vlm, open_llm, open_vlm, rate, settings, tower_of, tower_tokens, train, train_vlm
+from clipdino.vlm import CONNECTORS, Parts, Reader, Seen, Stage, main, make_chats, make_processor, make_vlm, open_llm, rate, settings, tower_of, tower_tokens, train, train_vlm
+from clipdino.vmcbench import load_vlm
 from clipdino.worldvqa import WorldVQA
 
 context.set_forkserver_preload(['clipdino.vlm'])
@@ -88,7 +89,8 @@ def test_the_saved_model_is_the_trained_one(how):
     name = f'parity-{"-".join(map(str, how.values()))}'.replace(':', '-')
     run = smoke(name, **how)
     folder, _ = trained(**dict(how, name=name))
-    model, processor = open_vlm(folder)
+    vlm = load_vlm(folder)
+    model, processor = vlm.model, vlm.processor
     e, pics = load_encoder(run.encoder), pictures()
     x = inputs(processor, QUESTIONS, pics)
     torch.testing.assert_close(x['pixel_values'], e.prepare(squares(pics, e.size, mean=e.mean)), atol=1e-6, rtol=0)
@@ -106,7 +108,7 @@ def test_the_saved_model_is_the_trained_one(how):
 def test_pixels_of_the_worlds_pictures_and_prompts(top):
     "Questions of the world in the processor's hands"
     folder, _ = trained('pixels')
-    _, processor = open_vlm(folder)
+    processor = load_vlm(folder).processor
     e, w = load_encoder(TINY), WorldVQA('val', 8, 32)
     x = inputs(processor, [prompt(r) for r in w.rows], [w.picture(i) for i in range(8)])
     torch.testing.assert_close(x['pixel_values'], e.prepare(w.batch(range(8), e.size)), atol=1e-6, rtol=0)
@@ -145,7 +147,7 @@ def test_every_connector_opens_again(connector):
     folder, result = trained(f'c-{connector}', connector=connector, encoder=MINI)
     assert result['tower'] == 'Tower' and result['image_tokens'] == (16 if connector in ('mlp', 'linear') else 4)
     logits, text = said(folder)
-    model, _ = open_vlm(folder)
+    model = load_vlm(folder).model
     assert type(model.model.multi_modal_projector).__name__ == dict(mlp='LlavaMultiModalProjector', linear='Linear', pool='Pool', resampler='Resampler')[connector]
     if connector == 'mlp': assert torch.equal(said(folder, LlavaForConditionalGeneration)[0], logits)
     x = inputs(AutoProcessor.from_pretrained(folder), QUESTIONS, pictures())
@@ -154,7 +156,8 @@ def test_every_connector_opens_again(connector):
 def test_answers_do_not_depend_on_what_is_asked_beside_them():
     "One by one, and as a batch with padding and a text alone"
     folder, _ = trained('alone')
-    model, processor = open_vlm(folder)
+    vlm = load_vlm(folder)
+    model, processor = vlm.model, vlm.processor
     pics, questions = [*pictures(), None], [*QUESTIONS, 'Hello?']
     def answers(*ids): return model.generate(**inputs(processor, [questions[i] for i in ids], [pics[i] for i in ids]), max_new_tokens=6, do_sample=False)[:, -6:].tolist()
     assert answers(0, 1, 2, 3) == [answers(i)[0] for i in range(4)]
@@ -231,7 +234,7 @@ def test_encoder_and_language_model_stay_as_they_were_until_they_are_trained():
     run = smoke('frozen', encoder=MINI)
     p = parts(run)
     p.first_steps, p.metrics = 0, Metrics(p.folder/'metrics.jsonl')
-    llm, tower = open_llm('small', 'smoke')[0].state_dict(), tower_of(load_encoder(MINI), -2).state_dict()
+    llm, tower = open_llm('world', 'smoke')[0].state_dict(), tower_of(load_encoder(MINI), -2).state_dict()
     connector = {k: v.clone() for k, v in p.reader.connector.state_dict().items()}
     Stage(p, 1).fit()
     assert same({f'model.{k}': v for k, v in p.reader.lm.state_dict().items()}, {k: v for k, v in llm.items() if k != 'lm_head.weight'})
@@ -240,12 +243,12 @@ def test_encoder_and_language_model_stay_as_they_were_until_they_are_trained():
     assert not any(torch.equal(v, llm[f'model.{k}']) for k, v in p.reader.lm.state_dict().items() if v.ndim > 1)
     assert same(p.vlm.model.vision_tower.state_dict(), tower)
     folder, _ = trained('frozen-run', encoder=MINI)
-    assert same(open_vlm(folder)[0].model.vision_tower.state_dict(), tower)
+    assert same(load_vlm(folder).model.model.vision_tower.state_dict(), tower)
 
 @pytest.mark.parametrize('connector', CONNECTORS)
 def test_a_connector_begins_as_its_seed_says(connector):
     "Whatever the encoder's and the language model's weights are, and whatever was drawn before"
-    llm, tokenizer = open_llm('small', 'smoke')
+    llm, tokenizer = open_llm('world', 'smoke')
     def made(seed, spoil):
         if spoil: noisy(llm), torch.rand(9)
         e = load_encoder(TINY)
@@ -311,7 +314,16 @@ def test_a_batch_in_parts_is_the_whole_batch(tmp_path, stage):
     "Also in parts without a picture, and of unequal size"
     given = dict(stage2_data=llava_data(tmp_path), stage1_batch=10, stage2_batch=10, connector='resampler')
     whole = steps(smoke(f'whole-{stage}', **given), stage)
-    for micro in 1, 4: close(whole, steps(smoke(f'parts-{stage}-{micro}', micro=micro, **given), stage))
+    for micro in 1, 4: close(whole, steps(smoke(f'parts-{stage}-{micro}', micro=micro, recompute=micro == 4, **given), stage))
+
+def test_what_is_made_again_is_not_kept():
+    "The language model's inner values take most of a step's memory, unless they are made again"
+    kept = {}
+    for recompute in False, True:
+        s, sizes = Stage(parts(smoke(f'kept-{recompute}', recompute=recompute)), 2), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t): s.update(s.parts(0))
+        kept[recompute] = sum(sizes)
+    assert kept[True] < .5*kept[False], kept
 
 @pytest.mark.parametrize('stage, given', [(1, {}), (2, {}), (2, dict(micro=1, lora=2))], ids=str)
 def test_several_processes_are_one(top, tmp_path, stage, given):
@@ -324,7 +336,7 @@ def test_several_processes_are_one(top, tmp_path, stage, given):
     assert stage == 1 or [True, False] in pictures or [False, True] in pictures
     close(one, group(2, elsewhere, top, steps, smoke(name, **given), stage))
 
-@pytest.mark.parametrize('given', [{}, dict(micro=1, lora=2)], ids=str)
+@pytest.mark.parametrize('given', [{}, dict(micro=1, lora=2, recompute=True)], ids=str)
 def test_weights_that_are_split_over_processes(top, tmp_path, given):
     "Gradients of the parts that a process holds, put together, are those of one process; so is the end, also after a cut"
     given = dict(dict(stage2_data=llava_data(tmp_path), stage1_batch=4, stage2_batch=4, stage1_samples=8, stage2_samples=32, save_every=12, connector='resampler', encoder=MINI), **given)
@@ -338,7 +350,7 @@ def test_weights_that_are_split_over_processes(top, tmp_path, given):
     assert a.keys() == b.keys()
     for k in a: torch.testing.assert_close(b[k], a[k], atol=2e-4, rtol=0)
     for x, y in zip(*(Metrics.read(f'runs/{n}/metrics.jsonl') for n in (one.name, run.name)), strict=True): assert (x['step'], x['loss'], x['grad_norm']) == (y['step'], pytest.approx(y['loss'], rel=1e-3), pytest.approx(y['grad_norm'], rel=1e-3))
-    open_vlm(f'runs/{run.name}')
+    load_vlm(run.name)
 
 def test_a_notebook_starts_processes(monkeypatch):
     "Which train as a program, and save classes of ours by their names; accelerate's own way to split weights is refused"
@@ -505,7 +517,7 @@ def test_adapters_are_trained_alone_and_then_become_part_of_the_model():
     run = smoke('lora', lora=4, connector='mlp', lm_lr=3.)
     p = parts(run)
     p.first_steps, p.metrics = 0, Metrics(p.folder/'metrics.jsonl')
-    llm = open_llm('small', 'smoke')[0].model.state_dict()
+    llm = open_llm('world', 'smoke')[0].model.state_dict()
     s = Stage(p, 2)
     assert all('.lora_' in n or n.startswith('connector.') for n, v in p.reader.named_parameters() if v.requires_grad)
     assert {'.'.join(n.split('.')[-4:-1]) for n, v in p.reader.named_parameters() if '.lora_A' in n} == {f'{m}.lora_A.default' for m in ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')}
@@ -601,7 +613,7 @@ def test_lists_of_conversations(tmp_path):
 @pytest.mark.parametrize('mean', [(.1, .6, .3), (.485, .456, .406)])
 def test_padding_has_the_same_colour_in_training_and_after(tmp_path, mean):
     "The encoder's mean"
-    e, llm = load_encoder(TINY), open_llm('small', 'smoke')
+    e, llm = load_encoder(TINY), open_llm('world', 'smoke')
     e.mean = mean
     path, folder = llava_data(tmp_path).split(':')
     processor, run = make_processor(smoke('x'), e, llm[1]), smoke('x', stage2_data=f'{path}:{folder}')
@@ -628,9 +640,7 @@ def test_settings_that_are_refused(given, message):
 
 def test_folders_that_hold_no_vlm(top):
     pretrain(clip_settings('smoke', name='clip', probes=0))
-    (top/'runs/half').mkdir()
-    for f in 'runs/clip', 'runs/half', 'runs/nowhere':
-        with pytest.raises(SettingsError, match=f'{f} holds no VLM; is the run finished?'): open_vlm(f)
+    with pytest.raises(SettingsError, match='vlm=.clip. is no run, folder or hub name of an image-text-to-text model'): load_vlm('clip')
 
 def test_options_give_the_settings(monkeypatch, capsys):
     run, seen = settings('smoke', encoder='e', lora=8, cached=False, lm_lr=.5, name='o'), []

@@ -246,7 +246,7 @@ def test_answers_do_not_depend_on_the_batch(vlm):
 
 def test_a_padded_batch_is_written_as_each_alone_with_plain_argmax(vlm):
     "Greedy decoding the slow way: no cache, no padding, a forward pass for each token"
-    q = Squares(6)
+    q = Squares(6, seed=1)  # of seed 0 one is answered with the mark of a picture, which this loop could not read again
     for r in all_answers(vlm, q, 6, max_new_tokens=5):
         x = vlm.processor(text=[vmc.chat(vlm, q.rows[r['row']])], images=[[q.picture(r['row'])]], return_tensors='pt', add_special_tokens=False)
         ids, start = x['input_ids'], x['input_ids'].shape[1]
@@ -283,9 +283,10 @@ def test_pictures_matter_unless_blind(vlm):
 
 def test_letters_as_the_template_puts_them(vlm, monkeypatch):
     "LLaVA's template sets an answer off by a space, which belongs to the letter's token"
-    monkeypatch.setattr(vlm.processor, 'chat_template', vmc.TEMPLATE.replace('{{ m.role }}:\n', "{{ m.role }}:{{ ' ' if m.role == 'assistant' }}").replace("'assistant:\n'", "'assistant:'"))
+    spaced = "{% for m in messages %}{{ m.role }}:{% for c in m.content %}{{ '<image>\n' if c.type == 'image' else ' ' + c.text }}{% endfor %}{{ eos_token if m.role == 'assistant' else '\n' }}{% endfor %}{{ 'assistant:' if add_generation_prompt }}"
+    monkeypatch.setattr(vlm.processor, 'chat_template', spaced)
     row, tok = Squares(1).rows[0], vlm.processor.tokenizer
-    assert vmc.chat(vlm, row).endswith('assistant:') and vmc.chat(vlm, row, answer='B').endswith('assistant: B</s>')
+    assert vmc.chat(vlm, row).endswith('assistant:') and vmc.chat(vlm, row, answer='B').endswith('assistant: B<|end|>')
     if len({tokens[0] for tokens in (tok(f' {l}', add_special_tokens=False).input_ids for l in LETTERS)}) < 4: assert [tok.decode([i]) for i in vmc.letter_ids(vlm, row)] == list(LETTERS)  # the space is a token of its own
     else: assert [tok.decode([i]) for i in vmc.letter_ids(vlm, row)] == [f' {l}' for l in LETTERS]
     monkeypatch.setattr(vmc, 'token_ids', lambda v, text: [1] if text.endswith(':') else [1, 5, *text.encode()])

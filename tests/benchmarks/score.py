@@ -2,7 +2,7 @@
 
     python tests/benchmarks/score.py OUT.csv [--vlm FOLDER] [--questions SPEC] [--n 1000] [--batch 32] [--single 100] [--tokens 16] [--rounds 3] [--device cpu]
 
-Every contestant is this package's own code with the same model, processor and pictures; all read pictures and tokenise anew in every round. Without `--vlm` the model is untrained (`--width`, `--depth`, `--image`). An untrained
+Every contestant is this package's own code with the same model, processor and pictures; all read pictures and tokenise anew in every round. Without `--vlm` the model is untrained (`--encoder`; `--width` and `--layers` of its language model). An untrained
 model hardly ever ends its answer, so it writes all of `--tokens`; one that was trained to answer by a letter writes two, the letter and the end. Both lengths are measured, and the column `tokens` has the mean of what was
 written. On a shared machine compare seconds of the processor (`per_cpu_s`), which others' work hardly changes; on a GPU only `per_s` means anything. One row for each contestant and round.
 """
@@ -27,10 +27,10 @@ class Made(Questions):
         from PIL import Image
         return Image.fromarray(np_rng(7, 3, i).integers(0, 256, (48, 64, 3), np.uint8))
 
-def main(out, vlm, questions, n, batch, single, tokens, rounds, device, width, depth, image):
+def main(out, vlm, questions, n, batch, single, tokens, rounds, device, encoder, width, layers):
     q = Made(n) if questions == 'made' else open_questions(questions, n)
     with tempfile.TemporaryDirectory() as d:
-        model = load_vlm(vlm or untrained_vlm(d, q, width=width, depth=depth, image=image), device)
+        model = load_vlm(vlm or untrained_vlm(d, q, encoder, width, layers), device)
     order, rows = order_of(model, q.rows), []
     some = order[::max(len(order)//single, 1)][:single]  # of all lengths
     all_, each = batched(order, batch), batched(some, 1)
@@ -55,5 +55,5 @@ def main(out, vlm, questions, n, batch, single, tokens, rounds, device, width, d
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('out')
-    for k, v in dict(vlm='', questions='made', n=1000, batch=32, single=100, tokens=16, rounds=3, device='cpu', width=256, depth=4, image=48).items(): p.add_argument(f'--{k}', type=type(v), default=v)
+    for k, v in dict(vlm='', questions='made', n=1000, batch=32, single=100, tokens=16, rounds=3, device='cpu', encoder='random:clipdino_vit_mini', width=128, layers=4).items(): p.add_argument(f'--{k}', type=type(v), default=v)
     main(**vars(p.parse_args()))

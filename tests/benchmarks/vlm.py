@@ -1,9 +1,9 @@
 """Stage 2 of a VLM (connector and language model, questions of the world) beside transformers' own LLaVA on the same model, conversations, optimiser and machine.
 
-    python tests/benchmarks/vlm.py OUT.csv [--encoder random:clipdino_vit_mini] [--llm small] [--batch 64] [--steps 12] [--rounds 5]
+    python tests/benchmarks/vlm.py OUT.csv [--encoder random:clipdino_vit_mini] [--llm world] [--batch 64] [--steps 12] [--rounds 5]
 
 The peer is `LlavaForConditionalGeneration` as its documentation trains it: pictures go through the frozen tower at every step, batches are drawn at random and padded to their longest, the head is applied to every token.
-Ours reads kept patch tokens, sorts by length, and applies the head to the answers. The language model is the small one unless `--llm` names another. Making the patch tokens is not counted, and given apart: it is done once
+Ours reads kept patch tokens, sorts by length, and applies the head to the answers. The language model is the embedded one unless `--llm` names another. Making the patch tokens is not counted, and given apart: it is done once
 for all stages, epochs and language models. One row for each contestant and round.
 """
 import argparse, tempfile, time
@@ -75,5 +75,5 @@ def main(out, encoder, llm, batch, steps, rounds, questions):
 if __name__ == '__main__':
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a.add_argument('out')
-    for k, v in dict(encoder='random:clipdino_vit_mini', llm='small', batch=64, steps=12, rounds=5, questions=2000).items(): a.add_argument(f'--{k}', type=type(v), default=v)
+    for k, v in dict(encoder='random:clipdino_vit_mini', llm='world', batch=64, steps=12, rounds=5, questions=2000).items(): a.add_argument(f'--{k}', type=type(v), default=v)
     main(**vars(a.parse_args()))
