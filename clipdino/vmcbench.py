@@ -6,12 +6,13 @@
 __all__ = ['HOW', 'SIZES', 'AGGREGATIONS', 'PROTOCOLS', 'SUBSETS', 'DRAWS', 'LABELS', 'NAMES', 'Score', 'settings',
            'questions_of', 'VLM', 'load_vlm', 'untrained_vlm', 'Squares', 'chat', 'token_ids', 'letter_ids', 'order_of',
            'inputs', 'ask', 'answers', 'batched', 'parse', 'drawn', 'calibrate', 'judge', 'successes', 'protocols_of',
-           'levels', 'aggregate', 'letters_of', 'score', 'compare', 'predictions', 'compare_runs', 'write_lines',
-           'answer_all', 'evaluate', 'short', 'ordered', 'dots', 'by_group', 'show_sets', 'show_differences',
-           'show_letters', 'disagreements', 'gallery', 'collect', 'show_objectives']
+           'levels', 'seed_weights', 'aggregate', 'letters_of', 'score', 'compare', 'predictions', 'compare_runs',
+           'write_lines', 'answer_all', 'evaluate', 'short', 'ordered', 'dots', 'by_group', 'show_sets',
+           'show_differences', 'show_letters', 'disagreements', 'gallery', 'collect', 'right', 'of_objective',
+           'by_objective', 'gap', 'named', 'show_table', 'show_objectives', 'show_gap']
 
 # %% ../nbs/06_vmcbench.ipynb #012035dc
-import json, textwrap
+import json, math, textwrap
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,18 +24,19 @@ import seaborn as sns
 import torch
 from PIL import Image
 from safetensors import SafetensorError
+from scipy.stats import norm, t as t_distribution
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from .core import Metrics, Progress, Settings, SettingsError, check, digest, environment, in_test, injected, np_rng, one_of, read_json, run_dir, say, sync, theme, uniform, whole, write_json, writing
 from .encoders import folder_of, load_encoder
 from .lm import make_tokenizer
-from .pretrain import check_settings, tensors_digest
-from .probe import device_of, over_seeds, slug
+from .pretrain import LOOKS, check_settings, tensors_digest
+from .probe import device_of, objective_of, slug
 from .questions import CATEGORIES, GROUPS, LETTERS, VISION, Questions, open_questions, prompt
 from .readouts import paired
 from .vlm import make_processor, make_vlm, save_vlm, seeded, settings as vlm_settings  # and makes our towers and connectors known to transformers
-from .worldvqa import WorldVQA
+from .worldvqa import TASKS, WorldVQA
 
 # %% ../nbs/06_vmcbench.ipynb #b9dbaf97
 HOW = 'both', 'generate', 'likelihood'
@@ -253,15 +255,21 @@ def levels(categories:list)->dict: # of the questions -> level -> data sets
     have = [c for c in CATEGORIES if c in categories] + sorted(set(categories) - set(CATEGORIES))
     return dict(overall=have, **{g: m for g, members in SUBSETS.items() if (m := [c for c in members if c in have])}), {c: [c] for c in have}
 
-def aggregate(values, categories:list)->dict: # (n,) numbers of questions -> aggregation -> level -> value, interval, n
+def seed_weights(s:int)->np.ndarray: # -> (DRAWS, s), of mean 1
+    "How much each of `s` seeds weighs in each bootstrap sample"
+    if s == 1: return np.ones((DRAWS, 1))
+    w = np_rng(1, s).multinomial(s, [1/s]*s, DRAWS)
+    return 1 + (w - 1)*math.sqrt(s/(s - 1))*t_distribution.ppf(.975, s - 1)/norm.ppf(.975)
+
+def aggregate(values, categories:list)->dict: # (n,) numbers of questions, or (s, n) of several seeds -> aggregation -> level -> value, interval, n
     "Means by data set, group and overall, in each of the ways, with 95% bootstrap intervals"
-    (groups, sets), values, categories = levels(categories), np.asarray(values, np.float64), np.array(categories)
-    at = {c: k for k, c in enumerate(sets)}
+    (groups, sets), values, categories = levels(categories), np.atleast_2d(np.asarray(values, np.float64)), np.array(categories)
+    at, seeds = {c: k for k, c in enumerate(sets)}, seed_weights(len(values))/len(values)
     size, mean, boot = np.empty(len(at)), np.empty(len(at)), np.empty((DRAWS, len(at)))
     for c, k in at.items():
-        v, counts = np.unique(values[categories == c], return_counts=True)
-        size[k], mean[k] = counts.sum(), v @ counts/counts.sum()
-        boot[:, k] = np_rng(0, k).multinomial(counts.sum(), counts/counts.sum(), DRAWS) @ v/counts.sum()
+        v, counts = np.unique(values[:, categories == c], axis=1, return_counts=True)
+        size[k], mean[k] = counts.sum(), (v @ counts).mean()/counts.sum()
+        boot[:, k] = (np_rng(0, k).multinomial(counts.sum(), counts/counts.sum(), DRAWS) @ v.T*seeds).sum(1)/counts.sum()
     def cell(members, over):
         k = [at[c] for c in members]
         w = size[k]/size[k].sum() if over == 'questions' else np.full(len(k), 1/len(k))
@@ -364,13 +372,13 @@ def dots(ax, cells:list, at:list, **kw):
     v = np.array([[c['value'], *c['interval']] for c in cells])*100
     ax.errorbar(v[:, 0], at, xerr=np.abs(v[:, 1:] - v[:, :1]).T, fmt='o', ms=4.5, lw=1.2, **kw)
 
-def by_group(t:dict, ax, aggregation:str): # of `aggregate`
+def by_group(t:dict, ax, aggregation:str, questions:str=''): # of `aggregate`; name of the set of questions
     "Every data set, in its group's colour, and the groups' averages"
     y, ticks = 0, {}
     for k, (g, members) in enumerate(ordered(t['data_sets'])):
         cells = [(c, t['data_sets'][c]) for c in members] + ([(g, t[aggregation][g])] if g in t[aggregation] else [])
         dots(ax, [c for _, c in cells], y + np.arange(len(cells)), color=sns.color_palette('colorblind')[k])
-        for i, (name, _) in enumerate(cells): ticks[y + i] = short(name)
+        for i, (name, _) in enumerate(cells): ticks[y + i] = named(questions, name)
         y += len(cells) + .6
     cells = [(g, t[aggregation][g]) for g in ('Vision', 'overall') if g in t[aggregation]]
     dots(ax, [c for _, c in cells], y + np.arange(len(cells)), color='k')
@@ -384,7 +392,7 @@ def show_sets(result:dict, protocols=('generate', 'calibrated'), aggregation:str
     have = [p for p in protocols if p in result['score']['protocols']] or list(result['score']['protocols'])[:1]
     fig, axes = plt.subplots(1, len(have), figsize=(3.4*len(have) + 1.4, .2*len(result['score']['protocols'][have[0]]['data_sets']) + 2.6), sharey=True, squeeze=False)
     for ax, p in zip(axes[0], have):
-        by_group(result['score']['protocols'][p], ax, aggregation)
+        by_group(result['score']['protocols'][p], ax, aggregation, result['questions']['name'])
         ax.axvline(25, color='grey', lw=1, ls=':')
         ax.set(xlim=(0, 100), xlabel='accuracy, %', title=LABELS[p])
     fig.suptitle(result['vlm']['name'] + (', blind' if result['blind'] else ''))
@@ -394,7 +402,7 @@ def show_differences(result:dict, protocol:str='', aggregation:str='sets'): # em
     t = result['against']['differences']
     protocol = protocol or list(t)[-1]
     fig, ax = plt.subplots(figsize=(5.5, .2*len(t[protocol]['data_sets']) + 2.4))
-    by_group(t[protocol], ax, aggregation)
+    by_group(t[protocol], ax, aggregation, result['questions']['name'])
     ax.axvline(0, color='grey', lw=1)
     ax.set(xlabel=f'{result["name"]} minus {result["against"]["name"]}, points', title=LABELS[protocol])
 
@@ -430,28 +438,67 @@ def gallery(folder:Path, other:Path, questions:Questions, protocol:str='likeliho
 
 # %% ../nbs/06_vmcbench.ipynb #9edc5b8b
 def collect(folders)->pd.DataFrame: # finished scoring runs
-    "Accuracies of several runs, a row for each run, protocol, aggregation and level"
+    "A row for each run: what tells it apart, and a letter for each question and protocol; a small one was drawn"
     rows = []
     for d in sorted(map(Path, folders)):
-        r = read_json(d/'result.json')
-        same = dict(run=r['name'], vlm=r['vlm']['name'], encoder=r['vlm'].get('encoder', r['vlm']['name']), llm=r['vlm'].get('llm', ''), weights=r['vlm']['fingerprint'], questions=r['questions']['name'],
-                    fingerprint=r['questions']['fingerprint'], blind=r['blind'], commit=r['environment']['commit'])
-        for p, t in r['score']['protocols'].items():
-            for way, cells in t.items():
-                for name, c in cells.items():
-                    level = 'set' if way == 'data_sets' else 'overall' if name == 'overall' else 'group'
-                    rows.append(dict(same, protocol=p, aggregation='questions' if level == 'set' else way, level=level, what=name, value=c['value'], low=c['interval'][0], high=c['interval'][1], n=c['n']))
-    return pd.DataFrame(rows).round(5)
+        r, told = read_json(d/'result.json'), predictions(d)
+        v, q, e = r['vlm'], r['questions'], r['environment']
+        letters = {k: ''.join(p[k] if k != 'letter' or p['parsed'] else p[k].lower() for p in told) for k in dict.fromkeys(PROTOCOLS.values()) if k in told[0]}
+        rows.append(dict(run=r['name'], vlm=v['name'], **{k: v.get(k, '') for k in ('encoder', 'llm', 'preset', 'seed')}, blind=r['blind'], weights=v['fingerprint'], questions=q['name'], fingerprint=q['fingerprint'],
+                         commit=e['commit'], device=e['device'], **letters))
+    return pd.DataFrame(rows)
 
-def show_objectives(runs:pd.DataFrame, protocol:str='calibrated', aggregation:str='sets'): # from `collect`
-    "Accuracy by the encoder's objective on each data set and group: mean and range over seeds, and chance"
-    t = runs[(runs.protocol == protocol) & ~runs.blind & ((runs.level == 'set') | (runs.aggregation == aggregation))]
-    t = t.assign(row=t.what.map(short))
-    rows = [short(r) for g, members in ordered(set(t.what[t.level == 'set'])) for r in (*members, *([g] if g in GROUPS else []))] + [short(g) for g in ('Vision', 'overall')]
-    fig, ax = plt.subplots(figsize=(6.5, .34*len(rows) + .8))
-    over_seeds(ax, t, rows)
+def right(runs:pd.DataFrame, questions:Questions, protocol:str='calibrated')->np.ndarray: # from `collect` -> (runs, n) 0 or 1
+    "Which questions each run answered right"
+    odd = runs[runs.fingerprint != questions.fingerprint]
+    check(odd.empty, f'{list(odd.run)[:1]} answered other questions than {questions.name} {questions.fingerprint}')
+    letters = np.array([list(v) for v in runs[PROTOCOLS[protocol]]])
+    return ((letters if protocol == 'strict' else np.char.upper(letters)) == np.array([r['answer'] for r in questions.rows])).astype(np.float64)
+
+def of_objective(runs:pd.DataFrame, objective:str, blind:bool=False)->pd.DataFrame:
+    "The runs on encoders of an objective, in the order of their seeds"
+    return runs[(runs.encoder.map(objective_of) == objective) & (runs.blind == blind)].sort_values('seed')
+
+def by_objective(runs:pd.DataFrame, questions:Questions, protocol:str='calibrated')->dict: # -> objective -> as `aggregate`
+    "Accuracies over seeds and questions, of all that saw the pictures, and of all that did not together"
+    categories = [r['category'] for r in questions.rows]
+    parts = {o: g for o in (*LOOKS, 'untrained') if len(g := of_objective(runs, o))} | ({'blind': g} if len(g := runs[runs.blind]) else {})
+    return {o: aggregate(right(g, questions, protocol), categories) for o, g in parts.items()}
+
+def gap(runs:pd.DataFrame, questions:Questions, a:str='clip', b:str='dino', protocol:str='calibrated')->dict: # -> as `aggregate`
+    "Differences between two objectives, seed by seed and question by question"
+    ours, theirs = of_objective(runs, a), of_objective(runs, b)
+    check(len(ours) and list(ours.seed) == list(theirs.seed), f'{a} has the seeds {list(ours.seed)} and {b} has {list(theirs.seed)}: they must be the same')
+    return aggregate(right(ours, questions, protocol) - right(theirs, questions, protocol), [r['category'] for r in questions.rows])
+
+def named(questions:str, c:str)->str: # name of a set of questions, data set
+    "A data set, and what its twin in the world asks for"
+    return f'{c}: {TASKS[c].factor}' if questions.startswith('worldvqa') and c in TASKS else short(c)
+
+def show_table(found:dict, questions:str, aggregation:str='sets'): # of `by_objective`
+    "Accuracy with its interval, in per cent, by objective on each data set and group"
+    def cell(c): return f'{100*c["value"]:.1f}  [{100*c["interval"][0]:.0f}, {100*c["interval"][1]:.0f}]'
+    some = next(iter(found.values()))
+    rows = {named(questions, c): [cell(t['data_sets'][c]) for t in found.values()] for _, members in ordered(some['data_sets']) for c in members}
+    groups = {short(g): [cell(t[aggregation][g]) for t in found.values()] for g in (*SUBSETS, 'overall') if g in some[aggregation]}
+    return pd.DataFrame({**rows, **groups}, index=list(found)).T.style.set_uuid('o').map(lambda v: 'font-weight: bold', subset=(list(groups), slice(None)))
+
+def show_objectives(found:dict, questions:str, aggregation:str='sets', protocol:str='calibrated'): # of `by_objective`
+    "Accuracy by objective on each data set and group, with intervals over seeds and questions"
+    some = next(iter(found.values()))
+    rows = [(named(questions, c), 'data_sets', c) for _, members in ordered(some['data_sets']) for c in members] + [(short(g), aggregation, g) for g in (*SUBSETS, 'overall') if g in some[aggregation]]
+    fig, ax = plt.subplots(figsize=(7, .36*len(rows) + .8))
+    for k, (o, t) in enumerate(found.items()):
+        dots(ax, [t[way][level] for _, way, level in rows], np.arange(len(rows)) + .7*(k/max(len(found) - 1, 1) - .5), color=LOOKS.get(o, 'k' if o == 'blind' else '.5'), label=o)
+    for i in range(len(rows)): ax.axhline(i + .5, color='.92', lw=.8, zorder=0)
     ax.axvline(25, color='k', lw=1, ls=':', label='chance')
-    for label in ax.get_yticklabels():
-        if label.get_text() in {short(g) for g in (*SUBSETS, 'overall')}: label.set_fontweight('bold')
-    ax.set(xlabel=f'accuracy ({LABELS[protocol]}), %')
+    ax.set(yticks=range(len(rows)), yticklabels=[r[0] for r in rows], ylim=(len(rows) - .5, -.5), xlabel=f'accuracy ({LABELS[protocol]}), %')
+    for label, (_, way, _) in zip(ax.get_yticklabels(), rows): label.set_fontweight('normal' if way == 'data_sets' else 'bold')
     ax.legend(loc='center left', bbox_to_anchor=(1, .5))
+
+def show_gap(difference:dict, questions:str, title:str, aggregation:str='sets'): # of `gap`
+    "Differences on each data set and group"
+    fig, ax = plt.subplots(figsize=(6, .2*len(difference['data_sets']) + 2.4))
+    by_group(difference, ax, aggregation, questions)
+    ax.axvline(0, color='grey', lw=1)
+    ax.set(xlabel=f'{title}, points')

@@ -203,6 +203,20 @@ def test_intervals_cover():
         hits += low <= .5 <= high
     assert hits >= 88  # of 100, at 95%
 
+@pytest.mark.parametrize('spread', [0., .1, 1.])
+def test_intervals_over_three_seeds_cover(spread):
+    "Whether seeds or questions differ more"
+    g, hits = np.random.default_rng(0), 0
+    for _ in range(100):
+        values = spread*g.normal(size=(3, 1)) + .5*g.normal(size=150) + .5*g.normal(size=(3, 150))
+        low, high = aggregate(values, ['GQA']*60 + ['MMMU']*90)['questions']['overall']['interval']
+        hits += low <= 0 <= high
+    assert hits >= 88  # of 100, at 95%
+
+def test_one_seed_is_no_seeds():
+    values, categories = np.arange(8) % 3, ['GQA']*3 + ['OCRVQA']*5
+    assert aggregate(values, categories) == aggregate([values], categories)
+
 def made_rows(right, categories, seed=0):
     "Predictions whose likeliest letter is right where `right` says so"
     g, rows = np.random.default_rng(seed), []
@@ -347,11 +361,37 @@ def test_two_runs_on_the_same_questions(folder, tmp_path):
     with pytest.raises(SettingsError, match='c answered other questions'): vmc.compare_runs('runs/a', 'runs/c')
     with pytest.raises(SettingsError, match='a answered other questions'): go(folder, 'd', Squares(16), against='a')
     with pytest.raises(SettingsError, match='nothing is no finished scoring run'): go(folder, 'd', against='nothing')
-    t = vmc.collect(['runs/a', 'runs/b'])
-    one, = t[(t.run == 'b') & (t.protocol == 'likelihood') & (t.aggregation == 'sets') & (t.what == 'OCR')].value
-    assert one == pytest.approx(b['score']['protocols']['likelihood']['sets']['OCR']['value'], abs=1e-5) and set(t.level) == {'set', 'group', 'overall'}
     pairs = vmc.disagreements(predictions('runs/a'), predictions('runs/b'), 'likelihood', 6)
     assert len(pairs) == 6 and all((x['likely'] == x['answer']) != (y['likely'] == y['answer']) for x, y in pairs)
+
+def test_a_table_of_letters_holds_every_number(folder, tmp_path):
+    "Written and read again"
+    results = [go(untrained_vlm(tmp_path/f'{seed}', Squares(), seed=seed), f't{seed}', max_new_tokens=3) for seed in (1, 2)]
+    vmc.collect(['runs/t1', 'runs/t2']).to_csv(tmp_path/'t.csv', index=False)
+    t = pd.read_csv(tmp_path/'t.csv')
+    for p in vmc.PROTOCOLS:
+        assert [aggregate(v, [r['category'] for r in Squares().rows]) for v in vmc.right(t, Squares(), p)] == [r['score']['protocols'][p] for r in results]
+    assert any(l.islower() for l in ''.join(t.letter)), 'some answers could not be parsed'
+    with pytest.raises(SettingsError, match="'t1'.* answered other questions than squares"): vmc.right(t, Squares(16))
+
+def table(**seeds):
+    "Letters of made-up runs, of which a share is right"
+    q, rows = Squares(200), []
+    for o, shares in seeds.items():
+        for s, share in enumerate(shares):
+            letters = ''.join(r['answer'] if np.random.default_rng((s, i)).random() < share else 'ABCD'['BCDA'.index(r['answer'])] for i, r in enumerate(q.rows))
+            rows.append(dict(run=f'{o}{s}', encoder=f'{o}-mini-s{s}' if o != 'untrained' else f'random:clip-mini-s{s}', blind=False, seed=s, fingerprint=q.fingerprint, calibrated=letters))
+    return pd.DataFrame(rows), q
+
+def test_objectives_over_seeds():
+    t, q = table(clip=(.7, .72, .74), dino=(.5, .55, .6), untrained=(.3, .3, .3))
+    found, d = vmc.by_objective(t, q), vmc.gap(t, q)
+    assert list(found) == ['clip', 'dino', 'untrained'] and found['clip']['questions']['overall']['value'] == pytest.approx(vmc.right(t[:3], q).mean())
+    cell = d['questions']['overall']
+    assert cell['value'] == pytest.approx(vmc.right(t[:3], q).mean() - vmc.right(t[3:6], q).mean()) and 0 < cell['interval'][0] < cell['value'] < cell['interval'][1]
+    assert vmc.gap(t, q, 'dino', 'clip')['questions']['overall']['value'] == -cell['value']
+    with pytest.raises(SettingsError, match=r'clip has the seeds \[0, 1, 2\] and dino has \[0, 1\]'): vmc.gap(t[t.run != 'dino2'], q)
+    with pytest.raises(SettingsError, match='siglip has the seeds'): vmc.gap(t, q, 'siglip', 'clip')
 
 def test_what_is_no_model_is_refused(folder, tmp_path):
     (tmp_path/'runs/begun').mkdir(parents=True)
