@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['HOW', 'SIZES', 'AGGREGATIONS', 'PROTOCOLS', 'SUBSETS', 'DRAWS', 'LABELS', 'NAMES', 'Score', 'settings',
-           'questions_of', 'VLM', 'load_vlm', 'untrained_vlm', 'Squares', 'chat', 'token_ids', 'letter_ids', 'order_of',
-           'inputs', 'ask', 'answers', 'batched', 'parse', 'drawn', 'calibrate', 'judge', 'successes', 'protocols_of',
-           'levels', 'seed_weights', 'aggregate', 'letters_of', 'score', 'compare', 'predictions', 'compare_runs',
-           'write_lines', 'answer_all', 'evaluate', 'short', 'ordered', 'dots', 'by_group', 'show_sets',
+           'questions_of', 'VLM', 'load_vlm', 'origin', 'untrained_vlm', 'Squares', 'chat', 'token_ids', 'letter_ids',
+           'order_of', 'inputs', 'ask', 'answers', 'batched', 'parse', 'drawn', 'calibrate', 'judge', 'successes',
+           'protocols_of', 'levels', 'seed_weights', 'aggregate', 'letters_of', 'score', 'compare', 'predictions',
+           'compare_runs', 'write_lines', 'answer_all', 'evaluate', 'short', 'ordered', 'dots', 'by_group', 'show_sets',
            'show_differences', 'show_letters', 'disagreements', 'gallery', 'collect', 'right', 'of_objective',
            'by_objective', 'gap', 'named', 'show_table', 'show_objectives', 'show_gap']
 
@@ -28,7 +28,7 @@ from scipy.stats import norm, t as t_distribution
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from .core import Metrics, Progress, Settings, SettingsError, check, digest, environment, in_test, injected, np_rng, one_of, read_json, run_dir, say, sync, theme, uniform, whole, write_json, writing
+from .core import Metrics, Progress, Settings, SettingsError, check, digest, environment, in_test, injected, np_rng, one_of, read_json, root, run_dir, say, sync, theme, uniform, whole, write_json, writing
 from .encoders import folder_of, load_encoder
 from .lm import make_tokenizer
 from .pretrain import LOOKS, check_settings, tensors_digest
@@ -112,9 +112,13 @@ def load_vlm(name:str|Path, device='cpu', precision:str='auto')->VLM: # a run, o
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
     model.generation_config = GenerationConfig(do_sample=False, num_beams=1, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
     mark = digest(tensors_digest({k: v.cpu() for k, v in model.state_dict().items()}), processor.chat_template, processor.image_processor.to_json_string(), tokenizer.get_vocab())
-    then = read_json(folder/'settings.json') if folder and (folder/'settings.json').exists() else {}
-    about = {k: then[k] for k in ('encoder', 'llm', 'seed', 'preset') if k in then}
-    return VLM(folder.name if folder else name, model.to(device).eval(), processor, mark, dict(about, parameters=model.num_parameters()))
+    return VLM(folder.name if folder else name, model.to(device).eval(), processor, mark, dict(origin(folder), parameters=model.num_parameters()))
+
+def origin(folder:Path|None)->dict:
+    "What a run of ours put together; nothing of others' models"
+    if folder is None or not (folder/'settings.json').exists(): return {}
+    s, r = read_json(folder/'settings.json'), read_json(folder/'result.json')
+    return dict({k: s[k] for k in ('encoder', 'llm', 'seed', 'preset')}, encoder_weights=r['encoder']['fingerprint'])
 
 # %% ../nbs/06_vmcbench.ipynb #594b0c59
 def untrained_vlm(folder:Path, questions:Questions, encoder:str='random:clipdino_vit_smoke', width:int=64, layers:int=2, seed:int=0)->Path: # width and layers of the language model
@@ -444,7 +448,7 @@ def collect(folders)->pd.DataFrame: # finished scoring runs
         r, told = read_json(d/'result.json'), predictions(d)
         v, q, e = r['vlm'], r['questions'], r['environment']
         letters = {k: ''.join(p[k] if k != 'letter' or p['parsed'] else p[k].lower() for p in told) for k in dict.fromkeys(PROTOCOLS.values()) if k in told[0]}
-        rows.append(dict(run=r['name'], vlm=v['name'], **{k: v.get(k, '') for k in ('encoder', 'llm', 'preset', 'seed')}, blind=r['blind'], weights=v['fingerprint'], questions=q['name'], fingerprint=q['fingerprint'],
+        rows.append(dict(run=r['name'], vlm=v['name'], **{k: v.get(k, '') for k in ('encoder', 'encoder_weights', 'llm', 'preset', 'seed')}, blind=r['blind'], weights=v['fingerprint'], questions=q['name'], fingerprint=q['fingerprint'],
                          commit=e['commit'], device=e['device'], **letters))
     return pd.DataFrame(rows)
 
