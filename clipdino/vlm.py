@@ -220,10 +220,11 @@ def tower_of(e:Encoder, layer:int)->PreTrainedModel:
     e = e.cpu()
     makers = {HFEncoder: [lambda: e.model], OpenClipEncoder: [lambda: as_clip(e)], TimmEncoder: [lambda: as_vit(e), lambda: own_tower(e, layer)]}
     for make in next(m for kind, m in makers.items() if isinstance(e, kind)):
+        why = 'other tokens'
         try:
             if agrees(tower := make(), e, layer): return tower.requires_grad_(False).eval()
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError): pass  # it has other parts
-    check(False, f'{e.name} has no form among vision towers that gives its patch tokens at layer {layer} from pictures of {e.size} px' + ('' if layer == -2 else '; with layer=-2 most have'))
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as fault: why = f'{type(fault).__name__}: {fault}'.splitlines()[0]  # it has other parts
+    check(False, f'{e.name} has no form among vision towers that gives its patch tokens at layer {layer} from pictures of {e.size} px ({why})' + ('' if layer == -2 else '; with layer=-2 most have'))
 
 # %% ../nbs/05_vlm.ipynb #b2e7eea1
 class Resampler(nn.Module):
