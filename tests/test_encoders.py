@@ -23,7 +23,7 @@ def made(tmp_path_factory):
     (top/'settings.ini').touch()
     before, test = os.getcwd(), os.environ.pop('IN_TEST', None)
     os.chdir(top)
-    for o in 'clip', 'siglip', 'clip-lm', 'dino': pretrain(settings('smoke', o, name=o, probes=0, seed=3))
+    for o in 'clip', 'siglip', 'clip-lm', 'dino', 'hybrid': pretrain(settings('smoke', o, name=o, probes=0, seed=3))
     pretrain(settings('smoke', name='fp64', probes=0, precision='fp64', drop_path=.1))
     os.chdir(before)
     if test is not None: os.environ['IN_TEST'] = test
@@ -40,7 +40,7 @@ def refused(name, match):
     with pytest.raises(SettingsError, match=match) as e: load_encoder(str(name))
     assert '\n' not in str(e.value)
 
-@pytest.mark.parametrize('name', ['clip', 'siglip', 'clip-lm'])
+@pytest.mark.parametrize('name', ['clip', 'siglip', 'clip-lm', 'hybrid'])
 def test_runs_by_name_with_their_text(top, name):
     "The joint space is the objective's, and its text tower comes when it is asked for"
     e = load_encoder(name)

@@ -76,8 +76,9 @@ def test_a_damaged_state_is_passed_over(tmp_path, harm, capsys):
     last.write_bytes(raw if harm == 'flip' else raw[:-200])
     assert Trainer(run, tmp_path).step == run.steps - 2 and 'is damaged' in capsys.readouterr().out
 
-def test_nothing_non_finite_reaches_the_weights(tmp_path):
-    t = trained(smoke('clip', 'x'), tmp_path)
+@pytest.mark.parametrize('objective', ['clip', 'hybrid'])
+def test_nothing_non_finite_reaches_the_weights(tmp_path, objective):
+    t = trained(smoke(objective, 'x'), tmp_path)
     with torch.no_grad(): t.objective.log_scale.fill_(float('nan'))
     before = tensors_digest(state_tensors(t.objective, t.opt))
     t.step = 0
@@ -93,9 +94,9 @@ def test_other_settings_are_refused(tmp_path):
 
 def test_learning_beats_the_start(tmp_path):
     "A few epochs of a few pictures: the contrastive losses fall (DINO's target moves, so its loss says nothing)"
-    for o in 'clip', 'siglip', 'clip-lm':
+    for o, loss in ('clip', 'loss'), ('siglip', 'loss'), ('clip-lm', 'loss'), ('hybrid', 'loss_clip'):
         rows = trained(smoke(o, 'x', samples=1024, lr=3e-3, save_every=2048), tmp_path/o).metrics.rows()
-        assert sum(r['loss'] for r in rows[-8:]) < .97*sum(r['loss'] for r in rows[:8]), o
+        assert sum(r[loss] for r in rows[-8:]) < .97*sum(r[loss] for r in rows[:8]), o
 
 def test_dino_teacher_centre_and_schedules(tmp_path):
     "Two steps against the formulas, by hand"
@@ -112,6 +113,44 @@ def test_dino_teacher_centre_and_schedules(tmp_path):
         torch.testing.assert_close(o.centre, .8*centre + .2*mean)
         assert torch.equal(o.head.last, last)  # frozen
         assert o.temp.item() == pytest.approx(.02 + .02*min(2*k/run.steps, 1))
+
+def one_step(folder, objective, batch=None, **given):
+    "What a step in double precision logs, its gradients, and the objective after it"
+    folder.mkdir()
+    t = Trainer(settings('smoke', objective, name='x', probes=0, precision='fp64', freeze_last=0., **given), folder)
+    batch, grads, step = batch or next(t.batches()), {}, t.opt.step
+    def record(): grads.update({k: p.grad.clone() for k, p in t.objective.named_parameters() if p.grad is not None}), step()
+    t.opt.step = record
+    return batch, {k: v.item() for k, v in t.update(batch).items()}, grads, t.objective.state_dict()
+
+def test_hybrid_without_clip_is_dino(tmp_path):
+    "Loss and gradients; weights, teacher and centre after the step"
+    batch, hybrid, grads, state = one_step(tmp_path/'hybrid', 'hybrid', clip_weight=0., dino_weight=1.)
+    _, dino, dino_grads, dino_state = one_step(tmp_path/'dino', 'dino', batch)
+    assert hybrid['loss'] == hybrid['loss_dino'] == dino['loss'] and all(hybrid[k] == pytest.approx(v, rel=1e-12) for k, v in dino.items())
+    for k, g in dino_grads.items(): torch.testing.assert_close(grads.pop(k), g, rtol=0, atol=0)
+    assert set(grads) >= {'log_scale', 'proj.weight', 'text.net.text_projection'} and all((g == 0).all() for g in grads.values())
+    assert dino_state.keys() >= {'centre', 'teacher.cls_token', 'teacher_head.last'}
+    for k, v in dino_state.items(): torch.testing.assert_close(state[k], v, rtol=1e-10, atol=1e-12)
+
+def test_hybrid_without_dino_is_clip(tmp_path):
+    "On the mean of both global views; the loss and each gradient"
+    batch, hybrid, grads, _ = one_step(tmp_path/'hybrid', 'hybrid', clip_weight=1., dino_weight=0., clip_grad=1e9)
+    globals_, _ = batch['views']
+    views = [one_step(tmp_path/f'{i}', 'clip', dict(batch, views=[v]), clip_grad=1e9) for i, v in enumerate(globals_.chunk(2))]
+    assert hybrid['loss'] == pytest.approx(sum(v[1]['loss'] for v in views)/2, rel=1e-12) and hybrid['loss'] == hybrid['loss_clip']
+    assert views[0][1]['loss'] != views[1][1]['loss'] and hybrid['scale'] == views[0][1]['scale']
+    for k in views[0][2]: torch.testing.assert_close(grads.pop(k), (views[0][2][k] + views[1][2][k])/2, rtol=1e-9, atol=1e-14)
+    assert 'head.last' in grads and all(k.startswith('head.') and (g == 0).all() for k, g in grads.items())
+
+def test_hybrid_logs_both_losses_and_their_weighted_sum(tmp_path):
+    for row in trained(smoke('hybrid', 'x', clip_weight=.3, dino_weight=2.), tmp_path).metrics.rows():
+        assert row['loss'] == pytest.approx(.3*row['loss_clip'] + 2*row['loss_dino'], rel=1e-5) and row['loss_dino'] == pytest.approx(row['entropy'] + row['kl'], rel=1e-5)
+
+@pytest.mark.parametrize('given,message', [(dict(clip_weight=-.1), 'clip_weight=-0.1 must be at least 0'), (dict(dino_weight=-1.), 'dino_weight=-1.0 must be at least 0'), (dict(dino_weight=float('nan')), 'dino_weight=nan must be a finite'),
+                                           (dict(clip_weight=0., dino_weight=0.), 'clip_weight and dino_weight are both 0'), (dict(local_size=12), 'local_size=12 must be a multiple of the patch size')])
+def test_settings_that_hybrid_refuses(given, message):
+    with pytest.raises(SettingsError, match=message): settings('smoke', 'hybrid', **given)
 
 def test_tracker(tmp_path):
     pytest.importorskip('tensorboard')

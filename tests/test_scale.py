@@ -11,7 +11,7 @@ from clipdino.pretrain import OBJECTIVES, Trainer, arguments, check_inputs, main
 
 root = Path(__file__).parent.parent
 DINOS = dict(dino={}, dino_norm=dict(head_norm=True), dino_no_locals=dict(local_crops=0, freeze_last=0.))
-CASES = {o: {} for o in OBJECTIVES if o != 'dino'} | DINOS
+CASES = {o: {} for o in OBJECTIVES if o not in ('dino', 'hybrid')} | DINOS | dict(hybrid=dict(head_norm=True, clip_weight=.5, dino_weight=2.))
 
 def exact(case, **given):
     "In double precision; `eps` keeps AdamW from making much of gradients that are zero up to rounding, as of the biases of attention keys"
@@ -48,10 +48,10 @@ def test_a_batch_in_parts_is_the_whole_batch(tmp_path, case):
 @pytest.mark.parametrize('case', CASES)
 def test_several_processes_are_one(tmp_path, case, n):
     "(What DINO's targets say of the picture is measured within a process, and is only logged)"
-    if n == 3 and case in ('clip-lm', 'dino_no_locals'): pytest.skip('two processes are enough')
+    if n == 3 and case in ('clip-lm', 'dino_no_locals', 'hybrid'): pytest.skip('two processes are enough')
     same(three_steps(exact(case), tmp_path/'one'), group(n, three_steps, exact(case, micro=3 if n == 2 else 0), tmp_path/'several'), but=('information',))
 
-@pytest.mark.parametrize('case', ['clip', 'dino'])
+@pytest.mark.parametrize('case', ['clip', 'dino', 'hybrid'])
 def test_parts_save_memory(tmp_path, case):
     "What is kept for the backward pass"
     def kept(micro):
