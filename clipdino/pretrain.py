@@ -768,7 +768,7 @@ def collect(folders)->pd.DataFrame: # finished run folders
     rows = []
     for d in sorted(map(Path, folders)):
         s, r = read_json(d/'settings.json'), read_json(d/'result.json')
-        same = dict(objective=s['objective'], preset=s['preset'], seed=s['seed'], settings=digest({k: v for k, v in s.items() if k not in ('seed', 'name', 'environment', 'objective', 'fingerprint')}),
+        same = dict(run=d.name, objective=s['objective'], preset=s['preset'], seed=s['seed'], settings=digest({k: v for k, v in s.items() if k not in ('seed', 'name', 'environment', 'objective', 'fingerprint')}),
                     data=s['fingerprint'], commit=r['environment']['commit'], device=r['environment']['device'])
         curve = [('val', m['samples'], m) for m in Metrics.read(d/'metrics.jsonl') if 'seconds' in m]
         for split, seen, m in curve + [(k, n, r[k]) for k, n in (('test', r['samples']), ('untrained', 0)) if k in r]:

@@ -1,0 +1,132 @@
+"From result files to verdicts: made-up results of which the verdict is known, and results that must be refused."
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import t as student, ttest_1samp
+
+from clipdino.core import SettingsError
+from clipdino.questions import CATEGORIES, GROUPS, LETTERS, VISION
+from clipdino.study import CLAIMS, RESULTS, Effect, Results, effect, judge, sensitivity, outcome
+from clipdino.worldvqa import WorldVQA
+
+OBJECTIVES, SEEDS, N = ('clip', 'dino', 'siglip', 'clip-lm', 'untrained'), (0, 1, 2), 1000
+QUESTIONS = WorldVQA('test', N, 48)
+
+def encoder(o, s): return f'random:clip-mini-s{s}' if o == 'untrained' else f'{o}-mini-s{s}'
+
+def letters(share, seed):
+    "Answers of which a share is right, by data set"
+    g = np.random.default_rng(seed)
+    return ''.join(r['answer'] if g.random() < share(r['category']) else LETTERS[LETTERS.index(r['answer']) - 1] for r in QUESTIONS.rows)
+
+def write(folder, values={}, answers={}, spread=.003, drop=()):
+    "Tables of made-up runs: values by (objective, what); shares of right answers by objective"
+    g, runs, probe, analysis, told = np.random.default_rng(0), [], [], [], []
+    for o in OBJECTIVES:
+        for s in SEEDS:
+            e, noise = encoder(o, s), lambda: spread*g.normal()
+            if o != 'untrained': runs.append(dict(version=RESULTS, run=e, kind='pretrain', preset='mini', objective=o, seed=s, of='', variant='', settings=o, data='d', weights=f'w{o}{s}', commit='c', device='cpu'))
+            runs.append(dict(version=RESULTS, run=f'vlm-{o}-{s}', kind='vlm', preset='mini', objective='', seed=s, of=e, variant='', settings='v', data='d', weights=f'w{o}{s}', commit='c', device='cpu'))
+            if (o, s) in drop: continue
+            for task, usual in ('object', .8), ('within families', .6):
+                v = values.get((o, task), usual if o != 'untrained' else .2) + noise()
+                probe += [dict(encoder=e, weights=f'w{o}{s}', commit='c', task=task, how=how, value=v, low=v - .002, high=v + .002, chance=.01, pictures=4096) for how in ('linear', 'knn')]
+            for what, row, usual in ('sensitivity', 'object', 1.), ('sensitivity', 'word', .5), ('sensitivity', 'colour', .5), ('sensitivity', 'style', .5), ('similarity', 'symbol', .8):
+                v = values.get((o, row), usual) + noise()
+                analysis.append(dict(encoder=e, what=what, row=row, value=v, low=v - .01, high=v + .01, commit='c'))
+            share = answers.get(o, lambda c: .3 if o == 'untrained' else .6)
+            told.append(dict(run=f'score-{o}-{s}', vlm=f'vlm-{o}-{s}', encoder=e, encoder_weights=f'w{o}{s}', llm='world', preset='mini', seed=s, blind=False, weights='', questions=QUESTIONS.name, fingerprint=QUESTIONS.fingerprint,
+                             **dict.fromkeys(('letter', 'likely', 'calibrated'), letters(share, (s, OBJECTIVES.index(o))))))
+    for k, rows in dict(runs=runs, probe=probe, analysis=analysis, vmcbench=told).items(): pd.DataFrame(rows).to_csv(folder/f'{k}_mini.csv', index=False)
+    return folder
+
+def judged(folder, **given): return judge(Results('mini', write(folder, **given))).set_index('claim')
+
+AS_THE_PAPER = dict(values={('clip', 'within families'): .7, ('clip', 'word'): .9, ('dino', 'colour'): 1.1, ('dino', 'style'): 1., ('clip', 'symbol'): .6},
+                    answers=dict(clip=lambda c: .85 if c in GROUPS['OCR'] else .55 if c in VISION else .6, dino=lambda c: .55 if c in GROUPS['OCR'] else .8 if c in VISION else .6))
+
+def test_what_the_paper_says_is_replicated(tmp_path):
+    t = judged(tmp_path, **AS_THE_PAPER)
+    assert dict(t.verdict[['1', '2', '3', '4', '5', '6v']]) == dict.fromkeys(('1', '2', '3', '4', '5', '6v'), 'replicated')
+    assert t.effect['2'] == pytest.approx(10, abs=.6) and t.effect['3'] == pytest.approx(.75, abs=.02) and t.effect['4'] == pytest.approx(-.2, abs=.01)
+    assert t.verdict['8'] == 'incomplete' and "clip has the seeds []" in t.why['8']
+    assert (t.low[t.effect.notna()] < t.effect.dropna()).all() and set(t.seeds.dropna()) == {3}
+
+def test_the_opposite_is_reversed(tmp_path):
+    swapped = dict(values={(dict(clip='dino', dino='clip')[o], k): v for (o, k), v in AS_THE_PAPER['values'].items()} | {('dino', 'object'): .7}, answers=dict(clip=AS_THE_PAPER['answers']['dino'], dino=AS_THE_PAPER['answers']['clip']))
+    t = judged(tmp_path, **swapped)
+    assert dict(t.verdict[['1', '2', '3', '4', '5', '6v']]) == dict.fromkeys(('1', '2', '3', '4', '5', '6v'), 'reversed')
+
+def test_seeds_that_disagree_leave_it_open(tmp_path):
+    t = judged(tmp_path, values=AS_THE_PAPER['values'], spread=.3)
+    assert set(t.verdict[['1', '2', '4']]) <= {'inconclusive', 'untrained is as good'} and t.verdict['5'] == 'inconclusive', 'and no VLM is better than another'
+
+def test_encoders_that_learned_nothing_are_not_compared(tmp_path):
+    t = judged(tmp_path, values={('dino', 'object'): .2, ('clip', 'object'): .2}, answers=dict(clip=lambda c: .3, dino=lambda c: .3, siglip=lambda c: .3))
+    assert t.verdict['1'] == 'untrained is as good' and t.why['1'] == 'not better than untrained: clip and dino'
+    assert t.verdict['7s'] == 'untrained is as good' and t.why['7t'] == 'not better than untrained: clip'
+
+def test_choices_that_are_not_a_claims_are_empty(tmp_path):
+    t = sensitivity(Results('mini', write(tmp_path, **AS_THE_PAPER)))
+    assert list(t.columns) == list(CLAIMS) and t.loc['20 nearest neighbours', '5'] == '' and 'replicated' in t.loc['20 nearest neighbours', '2'] and t.loc['class token alone', '2'] == 'incomplete'
+    assert 'replicated' in t.loc['generated answers', '5'] and t.loc['generated answers', '3'] == '' and t.loc['equal compute', '1'] == 'incomplete'
+
+def test_an_effect_between_few_seeds_and_many_pictures():
+    "Without a shared error it is Student's; with nothing else it is the normal"
+    d = [1., 2., 4.]
+    e = effect(d)
+    assert e.interval() == pytest.approx(ttest_1samp(d, 0).confidence_interval()) and 2*e.above(0) == pytest.approx(ttest_1samp(d, 0).pvalue)
+    assert effect([1., 1., 1.], .5).interval() == pytest.approx((1 - .5*1.959964, 1 + .5*1.959964))
+    wide, df = effect(d, 2.), 2*((7/9 + 4)/(7/9))**2
+    assert wide.df == pytest.approx(df) and wide.interval()[1] == pytest.approx(7/3 + student.ppf(.975, df)*math.sqrt(7/9 + 4))
+    with pytest.raises(SettingsError, match='1 seed is too few'): effect([1.])
+
+@pytest.mark.parametrize('value, se, sign, verdict, p', [(3., 1., 1, 'replicated', .0027), (-3., 1., 1, 'reversed', .0027), (0., .5, 0, 'replicated', 3.17e-5), (1.9, 1., 0, 'replicated', .46), (5., 1., 0, 'reversed', .0027)])
+def test_tests_by_hand(value, se, sign, verdict, p):
+    got, shows = outcome(Effect(value, se), sign)
+    assert shows == verdict and got == pytest.approx(p, rel=.01)
+
+def test_intervals_cover():
+    "Three seeds of pictures that all share: 95% of 400 intervals hold the truth, within what chance does"
+    g, hits = np.random.default_rng(0), 0
+    for _ in range(400):
+        e = effect(.5*g.normal(size=3) + .7*g.normal(), .7)
+        hits += e.interval()[0] <= 0 <= e.interval()[1]
+    assert hits >= 370
+
+def changed(folder, table, **values):
+    "The table with its first row changed"
+    t = pd.read_csv(folder/f'{table}_mini.csv', keep_default_na=False)
+    for k, v in values.items(): t[k] = t[k].astype(object); t.loc[0, k] = v
+    t.to_csv(folder/f'{table}_mini.csv', index=False)
+    return Results('mini', folder)
+
+def test_results_that_are_refused(tmp_path):
+    with pytest.raises(SettingsError, match='preset smoke are for tests'): Results('smoke', tmp_path)
+    with pytest.raises(SettingsError, match='runs_mini.csv is not there'): Results('mini', tmp_path)
+    with pytest.raises(SettingsError, match=f'version 9, and this code knows up to {RESULTS}'): changed(write(tmp_path), 'runs', version=9)
+    with pytest.raises(SettingsError, match='has rows of small'): changed(write(tmp_path), 'runs', preset='small')
+    with pytest.raises(SettingsError, match='two rows about clip-mini-s1, with settings other and clip'): changed(write(tmp_path), 'runs', run='clip-mini-s1', settings='other')
+    with pytest.raises(SettingsError, match='speak of the encoder stranger, of which'): changed(write(tmp_path), 'probe', encoder='stranger').probe
+    with pytest.raises(SettingsError, match='clip-mini-s0 has weights wclip0 in one table and zzz in another'): changed(write(tmp_path), 'probe', weights='zzz').probe
+    with pytest.raises(SettingsError, match='clip-mini-s0 has weights wclip0 in one table and zzz in another'): changed(write(tmp_path), 'vmcbench', encoder_weights='zzz').answers
+    with pytest.raises(SettingsError, match='speak of the VLM stranger, of which'): changed(write(tmp_path), 'vmcbench', vlm='stranger').answers
+
+def test_a_missing_seed_is_said(tmp_path):
+    t = judged(tmp_path, drop=[('dino', 2)])
+    assert t.verdict['1'] == t.verdict['5'] == 'incomplete' and 'clip has the seeds [0, 1, 2] and dino has [0, 1]' in t.why['1'] and 'dino has [0, 1]' in t.why['5']
+    assert t.verdict['7s'] != 'incomplete'
+
+def test_variants_are_not_mixed_with_the_main_runs(tmp_path):
+    "A run with other captions changes no claim; answers of another language model are claim 8's"
+    write(tmp_path, **AS_THE_PAPER)
+    before = judge(Results('mini', tmp_path))
+    runs, told = (pd.read_csv(tmp_path/f'{k}_mini.csv', keep_default_na=False) for k in ('runs', 'vmcbench'))
+    more = told[told.encoder.str.match('clip-mini|dino-mini')].assign(vlm=lambda t: t.vlm + '-wide', run=lambda t: t.run + '-wide')
+    more.loc[more.encoder.str.startswith('clip'), ['letter', 'likely', 'calibrated']] = letters(lambda c: .95, 9)
+    pd.concat([told, more]).to_csv(tmp_path/'vmcbench_mini.csv', index=False)
+    pd.concat([runs, runs[runs.run.isin(told.vlm[told.encoder.str.match('clip-mini|dino-mini')])].assign(run=lambda t: t.run + '-wide', variant='llm=world:wide')]).to_csv(tmp_path/'runs_mini.csv', index=False)
+    after = judge(Results('mini', tmp_path)).set_index('claim')
+    assert after.effect[list(before.claim[:-1])].tolist() == before.effect[:-1].tolist() and after.verdict['8'] == 'replicated' and after.effect['8'] > 20
