@@ -76,7 +76,7 @@ class VLMRun(Settings):
     stage1_samples: int = 16384  # 0: every row once
     stage1_batch: int = 64
     stage1_lr: float = 2e-3
-    stage2_samples: int = 49152
+    stage2_samples: int = 131_072
     stage2_batch: int = 64
     stage2_lr: float = 1e-3
     lm_lr: float = 1.  # of the language model (or its adapters) in stage 2, as a multiple of the connector's
@@ -353,7 +353,7 @@ def save_vlm(vlm:nn.Module, processor:LlavaProcessor, folder:Path):
         tmp.rmdir()
 
 # %% ../nbs/05_vlm.ipynb #faffcbd2
-WORLD_ROWS = dict(smoke=(64, 80), mini=(16384, 32768), small=(131_072, 163_840), paper=(131_072, 163_840))  # captions and questions of the world
+WORLD_ROWS = dict(smoke=(64, 80), mini=(16384, 65536), small=(131_072, 163_840), paper=(131_072, 163_840))  # captions and questions of the world
 
 def make_chats(run:VLMRun, stage:int, mean): # colour of the padding that makes pictures square
     "The conversations of a stage"
