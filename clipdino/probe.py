@@ -389,7 +389,7 @@ def collect(folders)->pd.DataFrame: # finished probing runs
     rows = []
     for d in sorted(map(Path, folders)):
         r = read_json(d/'result.json')
-        same = dict(encoder=r['encoder']['name'], weights=r['encoder']['fingerprint'][:12], commit=r['environment']['commit'])
+        same = dict(run=d.name, encoder=r['encoder']['name'], weights=r['encoder']['fingerprint'][:12], commit=r['environment']['commit'])
         for task, t in r['tasks'].items():
             if 'miou' in t: rows.append(dict(same, task=task, how='miou', value=t['miou'], low=t['interval'][0], high=t['interval'][1], chance=t['constant'], pictures=t['pictures']))
             rows += [dict(same, task=task, how=how, value=v['top1'], low=v['interval'][0], high=v['interval'][1], chance=v['chance'], pictures=v['pictures']) for how, v in t.items() if how in (*HOW, 'linear_cls')]

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RESULTS', 'STAGES', 'CLAIMS', 'MARGIN', 'ALPHA', 'OTHERWISE', 'VERDICTS', 'kind_of', 'presets_own', 'identity',
-           'finished', 'collect', 'Results', 'Effect', 'effect', 'by_seed', 'of_main', 'probed', 'answered',
-           'at_equal_compute', 'Claim', 'claim', 'classification', 'fine_grained', 'factors', 'symbols',
-           'text_questions', 'other_questions', 'vision_questions', 'sigmoid', 'text_encoder', 'language_model',
-           'outcome', 'judge', 'sensitivity', 'show_claims']
+           'finished', 'tables_dir', 'collect', 'read_table', 'Results', 'Effect', 'effect', 'by_seed', 'of_main',
+           'probed', 'answered', 'at_equal_compute', 'Claim', 'claim', 'classification', 'fine_grained', 'factors',
+           'symbols', 'text_questions', 'other_questions', 'vision_questions', 'sigmoid', 'text_encoder',
+           'language_model', 'outcome', 'judge', 'sensitivity', 'show_claims']
 
 # %% ../nbs/07_study.ipynb #30b1e560
 import math
@@ -23,7 +23,7 @@ from scipy.stats import norm, t as student
 from statsmodels.stats.multitest import multipletests
 
 import clipdino.analysis as analysis, clipdino.pretrain as pretrain, clipdino.probe as probe, clipdino.vlm as vlm, clipdino.vmcbench as vmcbench
-from .core import SettingsError, check, digest, injected, in_test, read_json, root, say, theme, whole
+from .core import SettingsError, check, digest, read_json, root, theme, whole
 from .encoders import load_encoder
 from .questions import CATEGORIES, GROUPS, VISION
 from .vmcbench import aggregate, right
@@ -56,22 +56,28 @@ def identity(folder:Path)->dict: # a finished run
 
 def finished(folder:Path)->bool: return (folder/'result.json').exists() and (folder/'settings.json').exists()
 
-def collect(preset:str, runs:Path|None=None, to:Path|None=None)->Path: # runs/ and nbs/results/, unless others are given
-    "Gather all finished runs of a preset into the tables"
-    runs, to = Path(runs or root()/'runs'), Path(to or root()/'nbs'/'results')
+def tables_dir()->Path: return root()/'nbs'/'results'/'study'
+
+def collect(preset:str, runs:Path|None=None, to:Path|None=None)->Path: # runs/, and where the tables are, unless others are given
+    "Gather all finished runs of a preset into the tables; rows of runs that are elsewhere stay"
+    runs, to = Path(runs or root()/'runs'), Path(to or tables_dir())
     folders = [d for d in sorted(runs.iterdir()) if finished(d) and read_json(d/'settings.json')['preset'] == preset]
     check(folders, f'{runs} has no finished run of the preset {preset}')
     who = pd.DataFrame([identity(d) for d in folders])
     tables = dict(runs=who, **{k: m.collect([d for d, kind in zip(folders, who.kind) if kind == k]) for k, m in STAGES.items() if (who.kind == k).any()})
-    for k, t in tables.items():
-        with whole(to/f'{k}_{preset}.csv') as tmp: t.to_csv(tmp, index=False)
+    for k, t in ((k, t) for k, t in tables.items() if len(t)):
+        path = to/f'{k}_{preset}.csv'
+        before = read_table(path)
+        with whole(path) as tmp: pd.concat([before[~before.run.isin(t.run)], t] if len(before) else [t]).to_csv(tmp, index=False)
     return to
+
+def read_table(path:Path)->pd.DataFrame: return pd.read_csv(path, dtype=dict(variant=str), keep_default_na=False, na_values=dict.fromkeys(('value', 'low', 'high'), '')) if path.exists() else pd.DataFrame()
 
 # %% ../nbs/07_study.ipynb #e3cef500
 class Results:
     "The tables of a preset, checked against each other"
     def __init__(self, preset:str='mini', folder:Path|None=None):
-        self.preset, self.folder = preset, Path(folder or root()/'nbs'/'results')
+        self.preset, self.folder = preset, Path(folder or tables_dir())
         check(preset != 'smoke', 'results of the preset smoke are for tests and say nothing')
         self.runs = self._read('runs')
         late = self.runs[self.runs.version > RESULTS]
@@ -82,7 +88,7 @@ class Results:
     def _read(self, stage:str)->pd.DataFrame:
         path = self.folder/f'{stage}_{self.preset}.csv'
         check(path.exists(), f'{path} is not there: no results of this stage were gathered')
-        return pd.read_csv(path, keep_default_na=stage not in ('runs', 'vmcbench'))
+        return read_table(path)
 
     def _one(self, column:str):
         "Refuse rows of another preset, and two rows about one run"

@@ -6,9 +6,10 @@ import pandas as pd
 import pytest
 from scipy.stats import t as student, ttest_1samp
 
+import clipdino.pretrain as pretrain, clipdino.probe as probe, clipdino.vlm as vlm, clipdino.vmcbench as vmcbench
 from clipdino.core import SettingsError
 from clipdino.questions import CATEGORIES, GROUPS, LETTERS, VISION
-from clipdino.study import CLAIMS, RESULTS, Effect, Results, effect, judge, sensitivity, outcome
+from clipdino.study import CLAIMS, RESULTS, Effect, Results, collect, effect, judge, outcome, read_table, sensitivity
 from clipdino.worldvqa import WorldVQA
 
 OBJECTIVES, SEEDS, N = ('clip', 'dino', 'siglip', 'clip-lm', 'untrained'), (0, 1, 2), 1000
@@ -130,3 +131,30 @@ def test_variants_are_not_mixed_with_the_main_runs(tmp_path):
     pd.concat([runs, runs[runs.run.isin(told.vlm[told.encoder.str.match('clip-mini|dino-mini')])].assign(run=lambda t: t.run + '-wide', variant='llm=world:wide')]).to_csv(tmp_path/'runs_mini.csv', index=False)
     after = judge(Results('mini', tmp_path)).set_index('claim')
     assert after.effect[list(before.claim[:-1])].tolist() == before.effect[:-1].tolist() and after.verdict['8'] == 'replicated' and after.effect['8'] > 20
+
+def test_real_runs_become_tables(tmp_path, monkeypatch):
+    "A chain of tiny runs, gathered twice and in two pieces"
+    (tmp_path/'settings.ini').touch()
+    monkeypatch.setenv('CLIPDINO_CACHE', str(tmp_path/'cache'))
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    monkeypatch.delenv('IN_TEST', raising=False)
+    monkeypatch.chdir(tmp_path)
+    for s in 0, 1:
+        pretrain.pretrain(pretrain.settings('smoke', seed=s))
+        vlm.train_vlm(vlm.settings('smoke', encoder=f'clip-smoke-s{s}', seed=s, questions=0, connector='linear' if s else 'mlp'))
+        vmcbench.evaluate(vmcbench.settings('smoke', vlm=f'vlm-clip-smoke-s{s}', how='likelihood'))
+    probe.probe(probe.settings('smoke', encoder='clip-smoke-s0'))
+    to = tmp_path/'tables'
+    to.mkdir()
+    collect('smoke', to=to)
+    t = {f.name.removesuffix('_smoke.csv'): read_table(f) for f in to.iterdir()}
+    assert set(t) == {'runs', 'pretrain', 'probe', 'vmcbench'} and sorted(t['runs'].kind) == ['pretrain', 'pretrain', 'probe', 'vlm', 'vlm', 'vmcbench', 'vmcbench']
+    runs = t['runs'].set_index('run')
+    assert runs.variant['clip-smoke-s0'] == runs.variant['vlm-clip-smoke-s0'] == '' and runs.variant['vlm-clip-smoke-s1'] == 'connector=linear' and runs.settings['clip-smoke-s0'] == runs.settings['clip-smoke-s1']
+    assert runs.weights['clip-smoke-s1'] == runs.weights['vlm-clip-smoke-s1'] == t['vmcbench'].set_index('encoder').encoder_weights['clip-smoke-s1'] != runs.weights['clip-smoke-s0']
+    before = {f.name: f.read_bytes() for f in to.iterdir()}
+    (tmp_path/'away').mkdir()
+    for d in list((tmp_path/'runs').glob('*s1')): d.rename(tmp_path/'away'/d.name)
+    collect('smoke', to=to)
+    assert {f: sorted(b.splitlines()) for f, b in before.items()} == {f.name: sorted(f.read_bytes().splitlines()) for f in to.iterdir()}
+    with pytest.raises(SettingsError, match='has no finished run of the preset mini'): collect('mini', to=to)
