@@ -33,7 +33,7 @@ from .worldvqa import WorldVQA
 RESULTS = 1  # version of the tables' form
 STAGES = dict(pretrain=pretrain, probe=probe, analysis=analysis, vmcbench=vmcbench)  # those that have numbers
 _NAMES = 'preset', 'objective', 'seed', 'name', 'encoder', 'encoders', 'vlm', 'against'  # say which run it is, and not how it was made
-_MACHINERY = 'max_bad', 'micro', 'processes', 'workers', 'augment', 'precision', 'compile', 'probes', 'save_every', 'tracker', 'cached', 'shard', 'recompute', 'device', 'batch_of_features'
+_MACHINERY = 'max_bad', 'micro', 'processes', 'workers', 'augment', 'precision', 'compile', 'probes', 'save_every', 'tracker', 'cached', 'shard', 'recompute', 'device'
 
 def kind_of(s:dict)->str: # settings.json
     "Which notebook made a run"
@@ -49,7 +49,7 @@ def identity(folder:Path)->dict: # a finished run
     s, r = (read_json(Path(folder)/f) for f in ('settings.json', 'result.json'))
     kind, e = kind_of(s), r['environment']
     base = presets_own(kind, s)
-    own = {k: s[k] for k in base if k in s and k not in (*_NAMES, *_MACHINERY)}
+    own = {k: s[k] for k in base if k in s and k not in (*_NAMES, *_MACHINERY) and (kind, k) != ('vlm', 'questions')}  # how many are held out changes no weight
     weights = load_encoder(str(folder)).fingerprint if kind == 'pretrain' else r['encoder']['fingerprint'] if kind == 'vlm' else ''
     return dict(version=RESULTS, run=Path(folder).name, kind=kind, preset=s['preset'], objective=s.get('objective', ''), seed=s['seed'], of=next((s[k] for k in ('encoder', 'encoders', 'vlm') if k in s), ''),
                 variant=' '.join(f'{k}={v}' for k, v in own.items() if v != base[k]), settings=digest(own), data=s['fingerprint'], weights=weights, commit=e['commit'], device=e['device'])
