@@ -58,7 +58,8 @@ class Questions:
     skipped, doubled = {}, 0  # questions that were left out, by reason; questions with two equal options
     def __len__(self): return len(self.rows)
     def picture(self, i:int)->Image.Image: raise NotImplementedError  # RGB
-    def batch(self, ids, size:int)->np.ndarray: return squares([self.picture(int(i)) for i in ids], size, self.square)
+    def pictures(self, ids)->list: return [self.picture(int(i)) for i in ids]
+    def batch(self, ids, size:int)->np.ndarray: return squares(self.pictures(ids), size, self.square)
 
 # %% ../nbs/05_questions.ipynb #9c85342c
 KEPT = 1 << 28  # bytes of pictures that a reader of parquet keeps in memory

@@ -170,7 +170,7 @@ def order_of(vlm:VLM, rows:list)->list:
 def inputs(vlm:VLM, questions:Questions, ids:list, blind:bool=False, room:int=0): # room: tokens to be written
     "What the model takes for some questions, padded on the left"
     texts, bos = [chat(vlm, questions.rows[i], blind) for i in ids], vlm.processor.tokenizer.bos_token
-    x = vlm.processor(text=texts, images=None if blind else [[questions.picture(i)] for i in ids], padding=True, padding_side='left', return_tensors='pt', add_special_tokens=not (bos and texts[0].startswith(bos)))
+    x = vlm.processor(text=texts, images=None if blind else [[p] for p in questions.pictures(ids)], padding=True, padding_side='left', return_tensors='pt', add_special_tokens=not (bos and texts[0].startswith(bos)))
     longest, most = x['input_ids'].shape[1] + room, getattr(vlm.model.config.get_text_config(), 'max_position_embeddings', None)
     check(not most or longest <= most, f'a question among {[questions.rows[i]["index"] for i in ids[:3]]}... needs {longest} tokens with its answer, and {vlm.name} takes {most}')
     return x

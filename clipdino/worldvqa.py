@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from .core import check, digest, one_of, permute, uniform, whole
-from .questions import CATEGORIES, LETTERS, Questions, squares
+from .questions import CATEGORIES, LETTERS, Questions
 from .world import COLOURS, FACTORS, FAMILIES, NAMES, POSITIONS, SCALES, SPLITS, STYLES, TEXTURES, WORDS, Scene, diagram_parts, draw, from_draws, pick, render, series, several_parts, versions
 
 # %% ../nbs/05_worldvqa.ipynb #3e907105
@@ -237,8 +237,8 @@ class WorldVQA(Questions):
         return s, dict(index=i, question=wording.format(*named), **dict(zip(LETTERS, options)), answer=LETTERS[letter], category=category)
 
     def scene(self, i:int)->Scene: return self.made([i])[0][0]
-    def picture(self, i:int)->Image.Image: return Image.fromarray(render(self.scene(i), self.canvas))
-    def batch(self, ids, size:int)->np.ndarray: return squares([Image.fromarray(render(s, self.canvas)) for s, _ in self.made(ids)], size, self.square)
+    def pictures(self, ids)->list: return [Image.fromarray(render(s, self.canvas)) for s, _ in self.made(ids)]
+    def picture(self, i:int)->Image.Image: return self.pictures([i])[0]
 
     def facts(self, i:int)->dict:
         "What question `i` is about, and the factors of its picture by name; those that it has not are left out"
