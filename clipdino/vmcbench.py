@@ -464,10 +464,11 @@ def of_objective(runs:pd.DataFrame, objective:str, blind:bool=False)->pd.DataFra
     return runs[(runs.encoder.map(objective_of) == objective) & (runs.blind == blind)].sort_values('seed')
 
 def by_objective(runs:pd.DataFrame, questions:Questions, protocol:str='calibrated')->dict: # -> objective -> as `aggregate`
-    "Accuracies over seeds and questions, of all that saw the pictures, and of all that did not together"
+    "Accuracies over seeds and questions; of the runs without pictures, whatever their encoder, the mean, over questions alone"
     categories = [r['category'] for r in questions.rows]
-    parts = {o: g for o in (*LOOKS, 'untrained') if len(g := of_objective(runs, o))} | ({'blind': g} if len(g := runs[runs.blind]) else {})
-    return {o: aggregate(right(g, questions, protocol), categories) for o, g in parts.items()}
+    found = {o: right(g, questions, protocol) for o in (*LOOKS, 'untrained') if len(g := of_objective(runs, o))}
+    if runs.blind.any(): found['blind'] = right(runs[runs.blind], questions, protocol).mean(0)
+    return {o: aggregate(v, categories) for o, v in found.items()}
 
 def gap(runs:pd.DataFrame, questions:Questions, a:str='clip', b:str='dino', protocol:str='calibrated')->dict: # -> as `aggregate`
     "Differences between two objectives, seed by seed and question by question"
@@ -496,7 +497,7 @@ def show_objectives(found:dict, questions:str, aggregation:str='sets', protocol:
         dots(ax, [t[way][level] for _, way, level in rows], np.arange(len(rows)) + .7*(k/max(len(found) - 1, 1) - .5), color=LOOKS.get(o, 'k' if o == 'blind' else '.5'), label=o)
     for i in range(len(rows)): ax.axhline(i + .5, color='.92', lw=.8, zorder=0)
     ax.axvline(25, color='k', lw=1, ls=':', label='chance')
-    ax.set(yticks=range(len(rows)), yticklabels=[r[0] for r in rows], ylim=(len(rows) - .5, -.5), xlabel=f'accuracy ({LABELS[protocol]}), %')
+    ax.set(yticks=range(len(rows)), yticklabels=[r[0] for r in rows], xlim=(0, 100), ylim=(len(rows) - .5, -.5), xlabel=f'accuracy ({LABELS[protocol]}), %')
     for label, (_, way, _) in zip(ax.get_yticklabels(), rows): label.set_fontweight('normal' if way == 'data_sets' else 'bold')
     ax.legend(loc='center left', bbox_to_anchor=(1, .5))
 

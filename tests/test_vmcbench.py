@@ -390,6 +390,8 @@ def test_objectives_over_seeds():
     cell = d['questions']['overall']
     assert cell['value'] == pytest.approx(vmc.right(t[:3], q).mean() - vmc.right(t[3:6], q).mean()) and 0 < cell['interval'][0] < cell['value'] < cell['interval'][1]
     assert vmc.gap(t, q, 'dino', 'clip')['questions']['overall']['value'] == -cell['value']
+    blind = vmc.by_objective(pd.concat([t, t[t.run == 'clip0'].assign(blind=True), t[t.run == 'dino1'].assign(blind=True)]), q)
+    assert {o: blind[o] for o in found} == found and blind['blind'] == aggregate(vmc.right(t[t.run.isin(('clip0', 'dino1'))], q).mean(0), [r['category'] for r in q.rows])
     with pytest.raises(SettingsError, match=r'clip has the seeds \[0, 1, 2\] and dino has \[0, 1\]'): vmc.gap(t[t.run != 'dino2'], q)
     with pytest.raises(SettingsError, match='siglip has the seeds'): vmc.gap(t, q, 'siglip', 'clip')
 
