@@ -23,7 +23,7 @@ from scipy.stats import norm, t as student
 from statsmodels.stats.multitest import multipletests
 
 import clipdino.analysis as analysis, clipdino.pretrain as pretrain, clipdino.probe as probe, clipdino.vlm as vlm, clipdino.vmcbench as vmcbench
-from .core import SettingsError, check, digest, read_json, root, theme, whole
+from .core import SettingsError, check, digest, read_json, root, say, theme, whole
 from .encoders import load_encoder
 from .questions import CATEGORIES, GROUPS, VISION
 from .vmcbench import aggregate, right
@@ -154,8 +154,7 @@ class Effect:
 def effect(differences, within:float=0., unit:str='points')->Effect: # of the seeds; standard error that all seeds share
     "Mean over seeds"
     d = np.asarray(differences, np.float64)
-    check(len(d) > 1, f'{len(d)} seed is too few for an interval: at least two, and better three')
-    between = d.var(ddof=1)/len(d)
+    between = d.var(ddof=1)/len(d) if len(d) > 1 else math.nan
     var = between + within**2
     return Effect(d.mean(), math.sqrt(var), (len(d) - 1)*(var/between)**2 if between else math.inf, tuple(d), unit)
 
@@ -184,7 +183,7 @@ def answered(r:Results, members, a:str, b:str, protocol:str='calibrated', aggreg
     "Difference of two objectives' VLMs on some of the twenty tasks"
     runs = of_main(r.answers, variant, blind=False)
     ours, theirs = (runs[runs.objective == o].sort_values('seed') for o in (a, b))
-    check(len(ours) > 1 and list(ours.seed) == list(theirs.seed), f'answers{variant and f" with {variant}"}: {a} has the seeds {list(ours.seed)} and {b} has {list(theirs.seed)}; at least two, and the same, are needed')
+    check(len(ours) and list(ours.seed) == list(theirs.seed), f'answers{variant and f" with {variant}"}: {a} has the seeds {list(ours.seed)} and {b} has {list(theirs.seed)}')
     at = [i for i, q in enumerate(r.questions.rows) if q['category'] in members]
     d, categories = (right(ours, r.questions, protocol) - right(theirs, r.questions, protocol))[:, at], [r.questions.rows[i]['category'] for i in at]
     def overall(v): return aggregate(v, categories)[aggregation]['overall']
@@ -292,6 +291,9 @@ def judge(r:Results, **how)->pd.DataFrame: # arguments of the claims; those clai
             e, floor = c.f(r, **how), [o for o in c.learned if c.f(r, o, 'untrained', **how).above(0) >= ALPHA]
         except SettingsError as why: rows.append(dict(row, verdict='incomplete', why=str(why)))
         else:
+            if len(e.seeds) < 2:
+                rows.append(dict(row, effect=e.value, unit=e.unit, seeds=1, verdict='incomplete', why='one seed has no interval; it takes at least two, and better three'))
+                continue
             (low, high), (p, shows) = e.interval(), outcome(e, c.sign)
             rows.append(dict(row, effect=e.value, low=low, high=high, unit=e.unit, seeds=len(e.seeds), p=p, verdict=shows, why=f'not better than untrained: {" and ".join(floor)}' if floor else ''))
     t = pd.DataFrame(rows).reindex(columns=['claim', 'says', 'paper', 'effect', 'low', 'high', 'unit', 'seeds', 'p', 'verdict', 'why'])
@@ -307,7 +309,7 @@ OTHERWISE = {'as fixed': {}, 'class token alone': dict(how='linear_cls'), '20 ne
 
 def sensitivity(r:Results)->pd.DataFrame: # columns: claims
     "Effect and verdict of every claim under each of the other choices; empty where a choice is not the claim's"
-    def cell(row): return row.verdict if row.verdict == 'incomplete' else f'{row.effect:+.3g}, {row.verdict}'
+    def cell(row): return f'{row.effect:+.3g}, {row.verdict}' if row.effect == row.effect else row.verdict
     return pd.DataFrame({k: judge(r, **how).set_index('claim').apply(cell, axis=1) for k, how in OTHERWISE.items()}).T.reindex(columns=list(CLAIMS)).fillna('')
 
 # %% ../nbs/07_study.ipynb #8de7418c
@@ -315,7 +317,7 @@ VERDICTS = {'replicated': 'C0', 'reversed': 'C3', 'inconclusive': '.55', 'untrai
 
 def show_claims(t:pd.DataFrame): # of `judge`
     "Effects with their intervals, by unit; the colour is the verdict"
-    t = t[t.effect.notna()]
+    if (t := t[t.p.notna()]).empty: return say('no claim can be judged yet')
     units = list(dict.fromkeys(t.unit))
     fig, axes = plt.subplots(len(units), figsize=(7.5, .42*len(t) + .75*len(units)), height_ratios=[(t.unit == u).sum() + .6 for u in units], squeeze=False, layout='constrained')
     for ax, u in zip(axes[:, 0], units):
