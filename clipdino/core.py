@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'PACKAGES', 'SettingsError', 'check', 'one_of', 'Settings', 'injected', 'CannotWrite', 'writing', 'sync',
-           'root', 'in_test', 'run_dir', 'cache_dir', 'whole', 'write_json', 'read_json', 'Metrics', 'commit',
-           'environment', 'mix', 'uniform', 'generator', 'np_rng', 'permute', 'terminal', 'Progress', 'say', 'digest',
-           'theme']
+           'root', 'in_test', 'runs_dir', 'run_dir', 'cache_dir', 'whole', 'write_json', 'read_json', 'Metrics',
+           'commit', 'environment', 'mix', 'uniform', 'generator', 'np_rng', 'permute', 'terminal', 'Progress', 'say',
+           'digest', 'theme']
 
 # %% ../nbs/00_core.ipynb #d77a32ce
 import errno, hashlib, json, os, platform, re, subprocess, sys, tempfile, time
@@ -94,10 +94,14 @@ def in_test()->bool: return bool(os.environ.get('IN_TEST'))
 @cache
 def _scratch()->Path: return Path(tempfile.mkdtemp())
 
+def runs_dir()->Path:
+    "Where the folders of runs are: `runs/`; a throwaway folder under test"
+    return _scratch() if in_test() else root()/'runs'
+
 def run_dir(name:str)->Path:
-    "Folder `runs/<name>` for the files of a run, made if need be; a throwaway one under test"
+    "Folder `runs/<name>` for the files of a run, made if need be"
     check(name not in ('', '.', '..') and not set(name) & set('/\\'), f'name={name!r} is no folder name')
-    d = (_scratch() if in_test() else root()/'runs')/name
+    d = runs_dir()/name
     with writing(d): d.mkdir(parents=True, exist_ok=True)
     return d
 

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LM', 'SIZES', 'FORMS', 'NAME', 'KEY', 'BOTH', 'CHECK', 'SPECIAL', 'TEMPLATE', 'SmallLM', 'shuffled', 'turn',
-           'document', 'Documents', 'units', 'make_tokenizer', 'small_model', 'batches', 'train_small', 'small_lm',
-           'reading_scores']
+           'document', 'Documents', 'units', 'make_tokenizer', 'small_model', 'batches', 'train_small', 'settings',
+           'lm_dir', 'small_lm', 'reading_scores']
 
 # %% ../nbs/05_lm.ipynb #84e891e4
 import math, os, re, shutil, tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -141,11 +141,21 @@ def train_small(run:SmallLM, tokenizer, device='cpu')->nn.Module:
     check(math.isfinite(loss.item()), 'the small language model did not train: its loss is not finite')
     return model.eval()
 
-def small_lm(preset:str='mini')->Path:
-    "Folder of the small language model, which is made once"
+def settings(preset:str='mini', size:str='')->SmallLM: # wide: twice as wide
+    "The settings of the small language model"
     one_of('preset', preset, ('smoke', 'mini', 'small', 'paper'))
+    check(size in ('', 'wide'), f'world:{size} is no language model; there are world and world:wide')
     run = SmallLM.make(dict(SIZES, paper=SIZES['small']), preset)
-    d = cache_dir()/f'lm-{preset}-{digest(LM, QUESTIONS, versions(), {k: v for k, v in asdict(run).items() if k != "preset"})}'
+    return replace(run, width=2*run.width, heads=2*run.heads) if size else run
+
+def lm_dir(run:SmallLM)->Path:
+    "Where it is kept"
+    return cache_dir()/f'lm-{run.preset}-{digest(LM, QUESTIONS, versions(), {k: v for k, v in asdict(run).items() if k != "preset"})}'
+
+def small_lm(preset:str='mini', size:str='')->Path:
+    "Folder of the small language model, which is made once"
+    run = settings(preset, size)
+    d = lm_dir(run)
     with FileLock(f'{d}.lock'):
         if d.exists(): return d
         for left in d.parent.glob(f'.{d.name}.*'): shutil.rmtree(left)  # of a process that was killed

@@ -40,7 +40,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from .chat import MARK, AnyQuestions, Batches, Form, LlavaJson, WorldCaptions, expand, template_of
 from .core import Metrics, PRESETS, Progress, Settings, check, digest, environment, generator, in_test, injected, one_of, run_dir, say, sync, theme, write_json, writing
 from .encoders import Encoder, HFEncoder, OpenClipEncoder, TimmEncoder, folder_of, load_encoder, reading
-from .lm import small_lm
+from .lm import settings as lm_settings, small_lm
 from .objectives import layers_of
 from .pretrain import NonFinite, accelerator, arguments, check_settings, complete, launched, load_state, on_main, only_one, program, save_state, spawn, tensors_digest, world_size
 from .probe import features, patch_tokens, slug
@@ -56,7 +56,7 @@ class VLMRun(Settings):
     "Settings of one VLM"
     preset: str = 'mini'  # smoke, mini, small or paper
     encoder: str = 'clip-mini-s0'  # run folder, timm name, hf:..., open_clip:..., random:..., or a file
-    llm: str = 'world'  # the embedded language model, which reads what the world says, or a causal LM of transformers: folder or hub name
+    llm: str = 'world'  # the embedded language model, which reads what the world says (world:wide is twice as wide), or a causal LM of transformers: folder or hub name
     name: str = ''  # the run's folder under runs/; empty means vlm- and the encoder's name
     seed: int = 0  # seeds connector, adapters and order
     # data
@@ -277,7 +277,8 @@ AutoModelForImageTextToText.register(ConnectorConfig, ConnectorLlava, exist_ok=T
 # %% ../nbs/05_vlm.ipynb #33c9dda8
 def open_llm(name:str, preset:str, seed:int=0)->tuple: # -> model, tokenizer
     "A language model whose tokenizer knows the mark of a picture"
-    source = str(small_lm(preset)) if name == 'world' else str(folder_of(name) or name)
+    own, _, size = name.partition(':')
+    source = str(small_lm(preset, size) if own == 'world' else folder_of(name) or name)
     with reading(source):
         model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -588,6 +589,7 @@ class Held:
 def check_inputs(run:VLMRun):
     "Refuse what is not there, before anything is loaded"
     n = world_size(run)
+    if run.llm.startswith('world:'): lm_settings(run.preset, run.llm.removeprefix('world:'))
     check(os.environ.get('ACCELERATE_USE_FSDP', 'false') != 'true', 'accelerate launch --use_fsdp would split stage 1 too: launch without it, and give shard=True')
     for k in (1, 2):
         spec, samples, batch = (run.of(k, v) for v in ('data', 'samples', 'batch'))

@@ -6,12 +6,13 @@ import pytest
 import torch
 from helpers import context, start
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from clipdino.chat import MARK, Form
 from clipdino.core import SettingsError
 from clipdino.lm import FORMS, NAME, SIZES, Documents, SmallLM, batches, shuffled, small_lm, small_model, turn
 from clipdino.questions import LETTERS, prompt
+from clipdino.vlm import check_inputs, open_llm, settings as vlm_settings
 from clipdino.world import NAMES, POSITIONS
 
 context.set_forkserver_preload(['clipdino.vlm'])
@@ -34,6 +35,13 @@ def test_it_is_made_once(made, monkeypatch):
     monkeypatch.setattr('clipdino.lm.train_small', None)
     assert small_lm('smoke') == made and {f.name: f.stat().st_mtime_ns for f in made.iterdir()} == before
     with pytest.raises(SettingsError, match="preset='huge' is not one of"): small_lm('huge')
+
+def test_one_twice_as_wide(made, monkeypatch):
+    monkeypatch.setenv('CLIPDINO_CACHE', str(made.parent))
+    llm, plain = open_llm('world:wide', 'smoke')[0], AutoConfig.from_pretrained(made)
+    assert (llm.config.hidden_size, llm.config.num_attention_heads, llm.config.num_hidden_layers) == (2*plain.hidden_size, 2*plain.num_attention_heads, plain.num_hidden_layers)
+    assert small_lm('smoke') == made
+    with pytest.raises(SettingsError, match='world:tall is no language model'): check_inputs(vlm_settings('smoke', llm='world:tall'))
 
 def make_in(cache):
     os.environ |= dict(CLIPDINO_CACHE=str(cache), OMP_NUM_THREADS='1')
