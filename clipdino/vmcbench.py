@@ -461,7 +461,9 @@ def right(runs:pd.DataFrame, questions:Questions, protocol:str='calibrated')->np
 
 def of_objective(runs:pd.DataFrame, objective:str, blind:bool=False)->pd.DataFrame:
     "The runs on encoders of an objective, in the order of their seeds"
-    return runs[(runs.encoder.map(objective_of) == objective) & (runs.blind == blind)].sort_values('seed')
+    found = runs[(runs.encoder.map(objective_of) == objective) & (runs.blind == blind)].sort_values('seed')
+    check(found.seed.is_unique, f'{objective} has several runs of seed {found.seed[found.seed.duplicated()].tolist()[:1]}, {", ".join(found.run)}: give those of one comparison')
+    return found
 
 def by_objective(runs:pd.DataFrame, questions:Questions, protocol:str='calibrated')->dict: # -> objective -> as `aggregate`
     "Accuracies over seeds and questions; of the runs without pictures, whatever their encoder, the mean, over questions alone"
