@@ -90,7 +90,7 @@ class Study:
 
 STUDIES = dict(
     main=Study(untrained=True, blind=('clip', 'dino')),
-    early=Study(('clip',), pretrain=(dict(samples=times(1/6), warmup=.6),), beside=('dino',)),
+    early=Study(('clip',), pretrain=(dict(samples=times(1/8), warmup=.8),), beside=('dino',)),
     hybrid=Study(('hybrid',), beside=('clip', 'dino')),
     scale=Study(('clip', 'dino'), pretrain=tuple(dict(images=times(k)) for k in (1/64, 1/16, 1/4, 4)), kinds=('pretrain', 'probe', 'vlm', 'score')),
     captions=Study(('clip',), pretrain=tuple(dict(captions=c) for c in POLICIES if c != 'web'), beside=('clip', 'dino')),

@@ -9,7 +9,7 @@ from scipy.stats import t as student, ttest_1samp
 import clipdino.pretrain as pretrain, clipdino.probe as probe, clipdino.vlm as vlm, clipdino.vmcbench as vmcbench
 from clipdino.core import SettingsError
 from clipdino.questions import CATEGORIES, GROUPS, LETTERS, VISION
-from clipdino.study import CLAIMS, RESULTS, Effect, Results, collect, effect, judge, outcome, read_table, sensitivity
+from clipdino.study import CLAIMS, RESULTS, Effect, Results, along, collect, effect, judge, kinds_of_tasks, like, matched, outcome, read_table, sensitivity, varied
 from clipdino.worldvqa import WorldVQA
 
 OBJECTIVES, SEEDS, N = ('clip', 'dino', 'siglip', 'clip-lm', 'untrained'), (0, 1, 2), 1000
@@ -22,25 +22,28 @@ def letters(share, seed):
     g = np.random.default_rng(seed)
     return ''.join(r['answer'] if g.random() < share(r['category']) else LETTERS[LETTERS.index(r['answer']) - 1] for r in QUESTIONS.rows)
 
-def write(folder, values={}, answers={}, spread=.003, drop=()):
-    "Tables of made-up runs: values by (objective, what); shares of right answers by objective"
-    g, runs, probe, analysis, told = np.random.default_rng(0), [], [], [], []
-    for o in OBJECTIVES:
+def write(folder, values={}, answers={}, spread=.003, drop=(), more=()):
+    "Tables of made-up runs: values by (objective or variant, what), shares of right answers by objective or variant; `more`: (objective, variant), of an encoder if it has samples, images or captions, else of a VLM"
+    g, runs, curves, probe, analysis, told = np.random.default_rng(0), [], [], [], [], []
+    for k, (o, variant) in enumerate([(o, '') for o in OBJECTIVES] + list(more)):
         for s in SEEDS:
-            e, noise = encoder(o, s), lambda: spread*g.normal()
-            if o != 'untrained': runs.append(dict(version=RESULTS, run=e, kind='pretrain', preset='mini', objective=o, seed=s, of='', variant='', settings=o, data='d', weights=f'w{o}{s}', commit='c', device='cpu'))
-            runs.append(dict(version=RESULTS, run=f'vlm-{o}-{s}', kind='vlm', preset='mini', objective='', seed=s, of=e, variant='', settings='v', data='d', weights=f'w{o}{s}', commit='c', device='cpu'))
+            own, noise, key = variant.startswith(('samples', 'images', 'captions')), lambda: spread*g.normal(), variant or o
+            e, w = encoder(o, s) + f'-{variant.replace(" ", "-")}'*own, f'w{o}{s}' + variant*own
+            if o != 'untrained' and (own or not variant): runs.append(dict(version=RESULTS, run=e, kind='pretrain', preset='mini', objective=o, seed=s, of='', variant=variant, settings=o, data='d', weights=w, commit='c', device='cpu'))
+            runs.append(dict(version=RESULTS, run=f'vlm-{o}-{s}-{variant}', kind='vlm', preset='mini', objective='', seed=s, of=e, variant='' if own else variant, settings='v', data='d', weights=w, commit='c', device='cpu'))
             if (o, s) in drop: continue
-            for task, usual in ('object', .8), ('within families', .6):
-                v = values.get((o, task), usual if o != 'untrained' else .2) + noise()
-                probe += [dict(encoder=e, weights=f'w{o}{s}', commit='c', task=task, how=how, value=v, low=v - .002, high=v + .002, chance=.01, pictures=4096) for how in ('linear', 'knn')]
-            for what, row, usual in ('sensitivity', 'object', 1.), ('sensitivity', 'word', .5), ('sensitivity', 'colour', .5), ('sensitivity', 'style', .5), ('similarity', 'symbol', .8):
-                v = values.get((o, row), usual) + noise()
-                analysis.append(dict(encoder=e, what=what, row=row, value=v, low=v - .01, high=v + .01, commit='c'))
-            share = answers.get(o, lambda c: .3 if o == 'untrained' else .6)
-            told.append(dict(run=f'score-{o}-{s}', vlm=f'vlm-{o}-{s}', encoder=e, encoder_weights=f'w{o}{s}', llm='world', preset='mini', seed=s, blind=False, weights='', questions=QUESTIONS.name, fingerprint=QUESTIONS.fingerprint,
-                             **dict.fromkeys(('letter', 'likely', 'calibrated'), letters(share, (s, OBJECTIVES.index(o))))))
-    for k, rows in dict(runs=runs, probe=probe, analysis=analysis, vmcbench=told).items(): pd.DataFrame(rows).to_csv(folder/f'{k}_mini.csv', index=False)
+            if own or not variant:
+                if o != 'untrained': curves += [dict(run=e, objective=o, preset='mini', seed=s, settings='', data='d', commit='c', device='cpu', samples=n, split='val', task='object', readout='linear', accuracy=f*values.get((key, 'object'), .8)) for n, f in ((98304, .9), (196608, 1))]
+                for task, usual in ('object', .8), ('within families', .6):
+                    v = values.get((key, task), usual if o != 'untrained' else .2) + noise()
+                    probe += [dict(encoder=e, weights=w, commit='c', task=task, how=how, value=v, low=v - .002, high=v + .002, chance=.01, pictures=4096) for how in ('linear', 'knn')]
+                for what, row, usual in ('sensitivity', 'object', 1.), ('sensitivity', 'word', .5), ('sensitivity', 'colour', .5), ('sensitivity', 'style', .5), ('similarity', 'symbol', .8):
+                    v = values.get((key, row), usual) + noise()
+                    analysis.append(dict(encoder=e, what=what, row=row, value=v, low=v - .01, high=v + .01, commit='c'))
+            share = answers.get(key, answers.get(o, lambda c: .3 if o == 'untrained' else .6))
+            told.append(dict(run=f'score-{o}-{s}-{variant}', vlm=f'vlm-{o}-{s}-{variant}', encoder=e, encoder_weights=w, llm='world', preset='mini', seed=s, blind=False, weights='', questions=QUESTIONS.name, fingerprint=QUESTIONS.fingerprint,
+                             **dict.fromkeys(('letter', 'likely', 'calibrated'), letters(share, (s, k)))))
+    for k, rows in dict(runs=runs, pretrain=curves, probe=probe, analysis=analysis, vmcbench=told).items(): pd.DataFrame(rows).to_csv(folder/f'{k}_mini.csv', index=False)
     return folder
 
 def judged(folder, **given): return judge(Results('mini', write(folder, **given))).set_index('claim')
@@ -71,8 +74,40 @@ def test_encoders_that_learned_nothing_are_not_compared(tmp_path):
 
 def test_choices_that_are_not_a_claims_are_empty(tmp_path):
     t = sensitivity(Results('mini', write(tmp_path, **AS_THE_PAPER)))
-    assert list(t.columns) == list(CLAIMS) and t.loc['20 nearest neighbours', '5'] == '' and 'replicated' in t.loc['20 nearest neighbours', '2'] and t.loc['class token alone', '2'] == 'incomplete'
-    assert 'replicated' in t.loc['generated answers', '5'] and t.loc['generated answers', '3'] == '' and t.loc['equal compute', '1'] == 'incomplete'
+    assert list(t.columns) == list(CLAIMS) and t.loc['20 nearest neighbours', '5'] == '' and 'replicated' in t.loc['20 nearest neighbours', '2'] and t.loc['class token alone', '2'] == t.loc['equal accuracy', '2'] == 'incomplete'
+    assert 'replicated' in t.loc['generated answers', '5'] and t.loc['generated answers', '3'] == ''
+
+def test_matched_by_accuracy(tmp_path):
+    "CLIP is far ahead at the end; stopped where it classifies like DINO it is no better within families, and the run that was stopped later is not taken"
+    early, late = 'samples=24576 warmup=0.8', 'samples=98304 warmup=0.2'
+    values = {('dino', 'object'): .5, ('dino', 'within families'): .3, (early, 'object'): .5, (early, 'within families'): .3, (late, 'object'): .7, (late, 'within families'): .5}
+    r = Results('mini', write(tmp_path, values, {early: lambda c: .6}, more=[('clip', early), ('clip', late)], spread=.001))
+    samples, accuracy = (judge(r, matching=m).set_index('claim') for m in ('samples', 'accuracy'))
+    assert like(r, 'clip', 'dino') == early and list(accuracy.index) == ['1', '2', '3', '4', '5', '6', '6v']
+    assert dict(samples.verdict[['1', '2']]) == {'1': 'reversed', '2': 'replicated'} and samples.effect['1'] == pytest.approx(30, abs=1)
+    assert accuracy.verdict['1'] == 'replicated' and accuracy.effect['2'] == pytest.approx(0, abs=1) and accuracy.verdict['2'] == 'inconclusive' and 'incomplete' not in set(accuracy.verdict)
+    with pytest.raises(SettingsError, match='matching.*samples'): matched(r, 'time', 'clip', 'dino')
+
+def test_at_equal_compute_the_dearer_objective_stops_early(tmp_path):
+    r = Results('mini', write(tmp_path, {('dino', 'object'): .8}))
+    e = judge(r, compute=True).set_index('claim').loc['1']
+    flops = {o: pretrain.cost(pretrain.settings('mini', o))['gflop'] for o in ('clip', 'dino')}
+    at = 196608*flops['clip']/flops['dino']
+    assert flops['dino'] > flops['clip'] and e.effect == pytest.approx(80 - np.interp(at, [98304, 196608], [72, 80])) and e.verdict == 'reversed'
+
+def test_the_gap_along_a_setting(tmp_path):
+    "With few images CLIP's lead is gone; captions are nothing to DINO, whose main runs are compared"
+    few, silent = 'images=3072', 'captions=no-text'
+    better = lambda c: .8
+    r = Results('mini', write(tmp_path, answers={'clip': better, silent: lambda c: .3 if c in GROUPS['OCR'] else .8}, more=[('clip', few), ('dino', few), ('clip', silent), ('clip', 'connector=linear'), ('dino', 'connector=linear')]))
+    t, c = along(r, 'images').set_index(['value', 'group']), along(r, 'captions').set_index(['value', 'group'])
+    assert list(dict.fromkeys(t.index.get_level_values(0))) == ['49152', '3072'] and set(t.seeds) == {3}
+    assert t.effect['49152', 'all'] == pytest.approx(20, abs=4) and c.effect['web', 'OCR'] == pytest.approx(20, abs=8) and c.effect['no-text', 'OCR'] == pytest.approx(-30, abs=8)
+    assert varied(r) == ['images', 'captions', 'connector']
+
+def test_kinds_of_tasks_beside_each_other(tmp_path):
+    r = Results('mini', write(tmp_path, **AS_THE_PAPER))
+    with pytest.raises(SettingsError, match='linear probe of word: there is no run of clip'): kinds_of_tasks(r)
 
 def test_an_effect_between_few_seeds_and_many_pictures():
     "Without a shared error it is Student's; with nothing else it is the normal"
