@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'PACKAGES', 'SettingsError', 'check', 'one_of', 'Settings', 'injected', 'CannotWrite', 'writing', 'sync',
            'root', 'in_test', 'runs_dir', 'run_dir', 'cache_dir', 'whole', 'write_json', 'read_json', 'Metrics',
            'commit', 'environment', 'mix', 'uniform', 'generator', 'np_rng', 'permute', 'terminal', 'Progress', 'say',
-           'digest', 'theme']
+           'digest', 'stamp', 'theme']
 
 # %% ../nbs/00_core.ipynb #d77a32ce
 import errno, hashlib, json, os, platform, re, subprocess, sys, tempfile, time
@@ -238,6 +238,11 @@ def digest(*parts)->str:
     h = hashlib.sha256()
     for p in parts: h.update(p if isinstance(p, bytes) else json.dumps(p, sort_keys=True).encode())
     return h.hexdigest()[:12]
+
+def stamp()->str:
+    "A digest of the study's result files; pages print the one that they were made from, so that a stale page is noticed"
+    files = sorted((root()/'nbs'/'results'/'study').glob('*.csv'))
+    return digest([p.name for p in files], *(p.read_bytes() for p in files))
 
 # %% ../nbs/00_core.ipynb #36f13ea5
 def theme():

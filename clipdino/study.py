@@ -27,7 +27,7 @@ from scipy.stats import norm, t as student
 from statsmodels.stats.multitest import multipletests
 
 import clipdino.analysis as analysis, clipdino.pretrain as pretrain, clipdino.probe as probe, clipdino.vlm as vlm, clipdino.vmcbench as vmcbench
-from .core import SettingsError, check, digest, one_of, read_json, root, say, theme, whole
+from .core import SettingsError, check, digest, one_of, read_json, root, say, whole
 from .encoders import load_encoder
 from .pairs import distinct
 from .questions import CATEGORIES, GROUPS, VISION
@@ -134,7 +134,7 @@ class Results:
     @cached_property
     def probe(self)->pd.DataFrame: return self._with_encoders(self._read('probe'), 'weights')
     @cached_property
-    def analysis(self)->pd.DataFrame: return self._with_encoders(self._read('analysis'))
+    def analysis(self)->pd.DataFrame: return self._with_encoders(self._read('analysis')).drop_duplicates(['encoder', 'what', 'row', 'value'])  # some are analysed beside several others
     @cached_property
     def answers(self)->pd.DataFrame:
         t = self._read('vmcbench')
