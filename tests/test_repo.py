@@ -59,6 +59,14 @@ def test_every_notebook_is_on_the_site_and_in_the_readme():
     for text in (root/'_quarto.yml').read_text(), (root/'README.md').read_text():
         for p in notebooks: assert f'nbs/{p.name}' in text
 
+def test_no_page_is_older_than_the_results():
+    "Every page that reads the study's tables prints their digest, and it is today's; so does the README's table of claims"
+    from clipdino.core import stamp
+    pages = [p for p in notebooks if re.search(r"'results'/'study'|Results\\(", ''.join(map(source, cells(p))))]
+    assert len(pages) >= 5
+    for p in pages: assert f'from result files {stamp()}' in p.read_text(), f'execute {p.name} again'
+    assert f'from result files {stamp()}:' in (root/'README.md').read_text(), 'run python -m clipdino.study again'
+
 @pytest.mark.parametrize('page, module, name', [('02_pretrain', 'pretrain', 'Pretrain'), ('03_probe', 'probe', 'ProbeRun'), ('04_analysis', 'analysis', 'AnalysisRun'), ('05_vlm', 'vlm', 'VLMRun'), ('06_vmcbench', 'vmcbench', 'Score')])
 def test_every_setting_is_a_parameter(page, module, name):
     settings = getattr(importlib.import_module(f'clipdino.{module}'), name)
