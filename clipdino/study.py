@@ -228,9 +228,9 @@ def answered(r:Results, members, a:str, b:str, protocol:str='calibrated', aggreg
     check(len(ours) and list(ours.seed) == list(theirs.seed), f'answers{" with " + ", ".join(filter(None, variants.values())) if any(variants.values()) else ""}: {a} has the seeds {list(ours.seed)} and {b} has {list(theirs.seed)}')
     at = [i for i, q in enumerate(r.questions.rows) if q['category'] in members]
     d, categories = (right(ours, r.questions, protocol) - right(theirs, r.questions, protocol))[:, at], [r.questions.rows[i]['category'] for i in at]
-    def overall(v): return aggregate(v, categories)[aggregation]['overall']
-    (low, high), value = overall(d)['interval'], overall(d)['value']
-    return Effect(100*value, 100*(high - low)/2/norm.ppf(.975), seeds=tuple(100*overall(v)['value'] for v in d))
+    def overall(v, **k): return aggregate(v, categories, **k)[aggregation]['overall']
+    found = overall(d)
+    return Effect(100*found['value'], 100*np.ptp(found['interval'])/2/norm.ppf(.975), seeds=tuple(100*overall(v, draws=1)['value'] for v in d))
 
 def at_equal_compute(r:Results, a:str, b:str)->Effect:
     "Difference in the held-out linear probe when the dearer objective is read off its curve where it has cost as much as the other at its end; its learning rate is not yet low there, which is a disadvantage"

@@ -265,15 +265,15 @@ def seed_weights(s:int)->np.ndarray: # -> (DRAWS, s), of mean 1
     w = np_rng(1, s).multinomial(s, [1/s]*s, DRAWS)
     return 1 + (w - 1)*math.sqrt(s/(s - 1))*t_distribution.ppf(.975, s - 1)/norm.ppf(.975)
 
-def aggregate(values, categories:list)->dict: # (n,) numbers of questions, or (s, n) of several seeds -> aggregation -> level -> value, interval, n
+def aggregate(values, categories:list, draws:int=DRAWS)->dict: # (n,) numbers of questions, or (s, n) of several seeds -> aggregation -> level -> value, interval, n
     "Means by data set, group and overall, in each of the ways, with 95% bootstrap intervals"
     (groups, sets), values, categories = levels(categories), np.atleast_2d(np.asarray(values, np.float64)), np.array(categories)
     at, seeds = {c: k for k, c in enumerate(sets)}, seed_weights(len(values))/len(values)
-    size, mean, boot = np.empty(len(at)), np.empty(len(at)), np.empty((DRAWS, len(at)))
+    size, mean, boot = np.empty(len(at)), np.empty(len(at)), np.empty((draws, len(at)))
     for c, k in at.items():
         v, counts = np.unique(values[:, categories == c], axis=1, return_counts=True)
         size[k], mean[k] = counts.sum(), (v @ counts).mean()/counts.sum()
-        boot[:, k] = (np_rng(0, k).multinomial(counts.sum(), counts/counts.sum(), DRAWS) @ v.T*seeds).sum(1)/counts.sum()
+        boot[:, k] = (np_rng(0, k).multinomial(counts.sum(), counts/counts.sum(), draws) @ v.T*seeds).sum(1)/counts.sum()
     def cell(members, over):
         k = [at[c] for c in members]
         w = size[k]/size[k].sum() if over == 'questions' else np.full(len(k), 1/len(k))
