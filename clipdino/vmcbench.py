@@ -259,16 +259,16 @@ def levels(categories:list)->dict: # of the questions -> level -> data sets
     have = [c for c in CATEGORIES if c in categories] + sorted(set(categories) - set(CATEGORIES))
     return dict(overall=have, **{g: m for g, members in SUBSETS.items() if (m := [c for c in members if c in have])}), {c: [c] for c in have}
 
-def seed_weights(s:int)->np.ndarray: # -> (DRAWS, s), of mean 1
+def seed_weights(s:int, draws:int)->np.ndarray: # -> (draws, s), of mean 1
     "How much each of `s` seeds weighs in each bootstrap sample"
-    if s == 1: return np.ones((DRAWS, 1))
-    w = np_rng(1, s).multinomial(s, [1/s]*s, DRAWS)
+    if s == 1: return np.ones((draws, 1))
+    w = np_rng(1, s).multinomial(s, [1/s]*s, draws)
     return 1 + (w - 1)*math.sqrt(s/(s - 1))*t_distribution.ppf(.975, s - 1)/norm.ppf(.975)
 
 def aggregate(values, categories:list, draws:int=DRAWS)->dict: # (n,) numbers of questions, or (s, n) of several seeds -> aggregation -> level -> value, interval, n
     "Means by data set, group and overall, in each of the ways, with 95% bootstrap intervals"
     (groups, sets), values, categories = levels(categories), np.atleast_2d(np.asarray(values, np.float64)), np.array(categories)
-    at, seeds = {c: k for k, c in enumerate(sets)}, seed_weights(len(values))/len(values)
+    at, seeds = {c: k for k, c in enumerate(sets)}, seed_weights(len(values), draws)/len(values)
     size, mean, boot = np.empty(len(at)), np.empty(len(at)), np.empty((draws, len(at)))
     for c, k in at.items():
         v, counts = np.unique(values[:, categories == c], axis=1, return_counts=True)
