@@ -15,7 +15,7 @@ __all__ = ['RESULTS', 'STAGES', 'GALLERY', 'MATCHINGS', 'CLAIMS', 'MARGIN', 'ALP
 # %% ../nbs/07_study.ipynb #30b1e560
 import math, re, sys
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from inspect import signature
 from pathlib import Path
 
@@ -467,23 +467,29 @@ def show_along(t:pd.DataFrame, key:str, ax): # of `along`
 READ = 'object', 'within families', 'word', 'count', 'position', 'colour', 'background', 'texture', 'style'  # tasks of linear probes
 
 def kinds_of_tasks(r:Results, a:str='clip', b:str='dino', matching:str='samples')->pd.DataFrame:
-    "Difference of two objectives in everything that has an accuracy"
-    reads = [('linear probe', t, t, 'linear') for t in READ] + [('linear segmentation', 'objects and words', 'maps of world', 'miou')]
-    found = [(how, what, probed(r, task, a, b, key, matching)) for how, what, task, key in reads]
-    found += [('VLM', g, answered(r, members, a, b, matching=matching)) for g, members in (*GROUPS.items(), ('Vision', VISION))]
-    return pd.DataFrame([dict(how=how, what=what, effect=e.value, low=e.interval()[0], high=e.interval()[1], seeds=len(e.seeds)) for how, what, e in found])
+    "Difference of two objectives in everything that has an accuracy and whose runs are there"
+    kinds = [('linear probe', t, partial(probed, r, t, a, b)) for t in READ] + [('linear segmentation', 'objects and words', partial(probed, r, 'maps of world', a, b, 'miou'))]
+    kinds += [('VLM', f'{g} questions', partial(answered, r, members, a, b)) for g, members in (*GROUPS.items(), ('Vision', VISION))]
+    rows = []
+    for how, what, f in kinds:
+        try: e = f(matching=matching)
+        except SettingsError: continue
+        rows.append(dict(how=how, what=what, effect=e.value, low=e.interval()[0], high=e.interval()[1], seeds=len(e.seeds)))
+    return pd.DataFrame(rows, columns=['how', 'what', 'effect', 'low', 'high', 'seeds'])
 
 def show_kinds(tables:dict): # name of a matching -> of `kinds_of_tasks`
     "Differences by kind of task; hollow markers are the second matching"
-    first = next(iter(tables.values()))
-    fig, ax = plt.subplots(figsize=(7, .3*len(first) + .9), layout='constrained')
+    tables = {k: t for k, t in tables.items() if len(t)}
+    order = list(dict.fromkeys(w for t in tables.values() for w in t.what))
+    colours = dict(zip(('linear probe', 'linear segmentation', 'VLM'), sns.color_palette('colorblind')))
+    fig, ax = plt.subplots(figsize=(7.5, .3*len(order) + .9), layout='constrained')
     for k, (name, t) in enumerate(tables.items()):
         for how, rows in t.groupby('how', sort=False):
-            c = dict(zip(first.how.unique(), sns.color_palette('colorblind')))[how]
-            ax.errorbar(rows.effect, rows.index + .26*(k - .5*(len(tables) - 1)), xerr=[rows.effect - rows.low, rows.high - rows.effect], fmt='os'[k], mfc=('w' if k else c), ms=5, lw=1.3, color=c, label=f'{how}, {name}' if len(tables) > 1 else how)
-    for i in range(len(first)): ax.axhline(i + .5, color='.92', lw=.8, zorder=0)
+            y = np.array([order.index(w) for w in rows.what]) + .26*(k - .5*(len(tables) - 1))
+            ax.errorbar(rows.effect, y, xerr=[rows.effect - rows.low, rows.high - rows.effect], fmt='os'[k], mfc='w' if k else colours[how], ms=5, lw=1.3, color=colours[how], label=f'{how}, {name}')
+    for i in range(len(order)): ax.axhline(i + .5, color='.92', lw=.8, zorder=0)
     ax.axvline(0, color='grey', lw=1)
-    ax.set(yticks=range(len(first)), yticklabels=first.what, ylim=(len(first) - .5, -.5), xlabel='CLIP minus DINO, points')
+    ax.set(yticks=range(len(order)), yticklabels=order, ylim=(len(order) - .5, -.5), xlabel='CLIP minus DINO, points')
     ax.legend(loc='center left', bbox_to_anchor=(1, .5))
 
 # %% ../nbs/07_study.ipynb #ce22d4a7
