@@ -8,9 +8,9 @@ __all__ = ['RESULTS', 'STAGES', 'GALLERY', 'MATCHINGS', 'CLAIMS', 'MARGIN', 'ALP
            'pairs_of', 'read_table', 'Results', 'Effect', 'effect', 'by_seed', 'curves', 'like', 'matched', 'of_main',
            'probed', 'answered', 'at_equal_compute', 'Claim', 'claim', 'classification', 'fine_grained', 'factors',
            'symbols', 'text_questions', 'other_questions', 'vision_questions', 'sigmoid', 'text_encoder',
-           'language_model', 'outcome', 'judge', 'sensitivity', 'show_claims', 'measured', 'told', 'verdicts',
-           'counted', 'abstract', 'for_readme', 'refresh', 'values_of', 'along', 'varied', 'show_along',
-           'kinds_of_tasks', 'show_kinds', 'show_pairs']
+           'language_model', 'outcome', 'judge', 'sensitivity', 'show_claims', 'measured', 'found', 'told', 'verdicts',
+           'abstract', 'for_readme', 'refresh', 'values_of', 'along', 'varied', 'show_along', 'kinds_of_tasks',
+           'show_kinds', 'show_pairs']
 
 # %% ../nbs/07_study.ipynb #30b1e560
 import math, re, sys
@@ -32,7 +32,7 @@ from .core import SettingsError, check, digest, one_of, read_json, root, say, st
 from .encoders import load_encoder
 from .pairs import distinct
 from .questions import CATEGORIES, GROUPS, VISION
-from .vmcbench import aggregate, right
+from .vmcbench import aggregate, right, short
 from .world import render, scene
 from .worldvqa import WorldVQA
 
@@ -374,19 +374,20 @@ def show_claims(t:pd.DataFrame): # of `judge`
 UNITS = dict(points='points', distances='', cosine='')
 
 def measured(c)->str: # row of `judge`
-    "Effect and interval of a claim"
-    if c.effect != c.effect: return '-'
+    "Effect and interval of a claim; nothing if there is none"
+    if c.effect != c.effect: return ''
     number = (lambda x: f'{x:+.1f}') if c.unit == 'points' else (lambda x: f'{x:+.2f}')
-    return ' '.join(filter(None, (number(c.effect), UNITS[c.unit]))) + f' [{number(c.low)}, {number(c.high)}]'*(c.low == c.low)
+    return number(c.effect) + f' {UNITS[c.unit]}'.rstrip() + f' [{number(c.low)}, {number(c.high)}]'*(c.low == c.low)
+
+def found(c)->str: # row of `judge`
+    "Effect, interval and verdict of a claim, and why it has none"
+    return ', '.join(filter(None, (measured(c), f'*{c.verdict}*'))) + f' ({c.why})'*(c.why != '')
 
 def told(claims:pd.DataFrame, early:pd.DataFrame, *ids): # of `judge`, with encoders matched by samples and by accuracy
     "Some claims in sentences"
-    out, early = [], early.set_index('claim')
-    for c in (c for c in claims.itertuples() if c.claim in ids):
-        other = early.loc[c.claim] if c.claim in early.index else None
-        out.append(f'- **{c.says}** (claim {c.claim}; the paper: {c.paper}). Here {measured(c)}: *{c.verdict}*' + f' ({c.why})'*(c.why != '')
-                   + (f'; at equal accuracy {measured(other)}: *{other.verdict}*' + f' ({other.why})'*(other.why != '') if other is not None else '') + '.')
-    return Markdown('\n'.join(out))
+    early = early.set_index('claim')
+    return Markdown('\n'.join(f'- **{c.says}** (claim {c.claim}; the paper: {c.paper}). At equal samples {found(c)}' + (f'; at equal accuracy {found(early.loc[c.claim])}' if c.claim in early.index else '') + '.'
+                              for c in claims.itertuples() if c.claim in ids))
 
 def verdicts(claims:pd.DataFrame, early:pd.DataFrame)->pd.DataFrame: # as for `told`
     "All claims in a table"
@@ -394,15 +395,11 @@ def verdicts(claims:pd.DataFrame, early:pd.DataFrame)->pd.DataFrame: # as for `t
     def other(c, f): return f(early.loc[c.claim]) if c.claim in early.index else ''
     return pd.DataFrame([{'': c.claim, 'claim': c.says, 'the paper': c.paper, 'equal samples': measured(c), 'verdict': c.verdict, 'equal accuracy': other(c, measured), 'verdict ': other(c, lambda e: e.verdict)} for c in claims.itertuples()])
 
-def counted(claims:pd.DataFrame)->str:
-    "How many claims have which verdict, with their numbers"
-    return '; '.join(f'{v}: {", ".join(t.claim)}' for v, t in claims.groupby('verdict', sort=False))
-
-def abstract(r:Results, claims:pd.DataFrame, early:pd.DataFrame):
-    "What is found, in a paragraph"
+def abstract(r:Results, claims:pd.DataFrame, early:pd.DataFrame): # as for `told`
+    "What is found, by verdict"
+    def listed(t): return '\n'.join(f'- *{v}*: ' + '; '.join(f'{c.says} {measured(c)}'.strip() for c in g.itertuples()) for v, g in t.groupby('verdict', sort=False))
     seeds = sorted({int(n) for n in claims.seeds.dropna()})
-    return Markdown(f'With the preset `{r.preset}`, {" or ".join(map(str, seeds)) or "no"} seeds a claim and {len(r.questions)} questions a VLM: at equal samples {counted(claims)}. At equal accuracy {counted(early)}. '
-                    'The claims are [below](#claims), each with its number, interval and verdict; *incomplete* are those whose runs are not all there yet.')
+    return Markdown(f'Preset `{r.preset}`, {" or ".join(map(str, seeds)) or "no"} seeds, {len(r.questions)} questions for each VLM; effects with 95% intervals. At equal samples:\n\n{listed(claims)}\n\nAt equal accuracy:\n\n{listed(early)}')
 
 # %% ../nbs/07_study.ipynb #8efda55e
 MARKS = '<!-- claims -->', '<!-- end of claims -->'
@@ -469,7 +466,7 @@ READ = 'object', 'within families', 'word', 'count', 'position', 'colour', 'back
 def kinds_of_tasks(r:Results, a:str='clip', b:str='dino', matching:str='samples')->pd.DataFrame:
     "Difference of two objectives in everything that has an accuracy and whose runs are there"
     kinds = [('linear probe', t, partial(probed, r, t, a, b)) for t in READ] + [('linear segmentation', 'objects and words', partial(probed, r, 'maps of world', a, b, 'miou'))]
-    kinds += [('VLM', f'{g} questions', partial(answered, r, members, a, b)) for g, members in (*GROUPS.items(), ('Vision', VISION))]
+    kinds += [('VLM', f'{short(g)} questions', partial(answered, r, members, a, b)) for g, members in (*GROUPS.items(), ('Vision', VISION))]
     rows = []
     for how, what, f in kinds:
         try: e = f(matching=matching)

@@ -1,5 +1,5 @@
 "From result files to verdicts: made-up results of which the verdict is known, and results that must be refused."
-import math
+import math, re
 
 import numpy as np
 import pandas as pd
@@ -9,7 +9,7 @@ from scipy.stats import t as student, ttest_1samp
 import clipdino.pretrain as pretrain, clipdino.probe as probe, clipdino.vlm as vlm, clipdino.vmcbench as vmcbench
 from clipdino.core import SettingsError
 from clipdino.questions import CATEGORIES, GROUPS, LETTERS, VISION
-from clipdino.study import CLAIMS, RESULTS, Effect, Results, along, collect, effect, judge, kinds_of_tasks, like, matched, outcome, read_table, sensitivity, varied
+from clipdino.study import CLAIMS, RESULTS, Effect, Results, abstract, along, collect, effect, judge, kinds_of_tasks, like, matched, outcome, read_table, sensitivity, told, varied, verdicts
 from clipdino.worldvqa import WorldVQA
 
 OBJECTIVES, SEEDS, N = ('clip', 'dino', 'siglip', 'clip-lm', 'untrained'), (0, 1, 2), 1000
@@ -109,8 +109,16 @@ def test_kinds_of_tasks_beside_each_other(tmp_path):
     "Those without runs are left out: here there are probes of two tasks only, and no encoders that were stopped early"
     r = Results('mini', write(tmp_path, **AS_THE_PAPER))
     t = kinds_of_tasks(r).set_index('what')
-    assert list(t.index) == ['object', 'within families', *(f'{g} questions' for g in (*GROUPS, 'Vision'))] and len(kinds_of_tasks(r, matching='accuracy')) == 0
+    assert list(t.index) == ['object', 'within families', *(f'{g} questions' for g in ('General', 'Reasoning', 'OCR', 'Doc & Chart', 'Vision'))] and len(kinds_of_tasks(r, matching='accuracy')) == 0
     assert t.effect['within families'] == pytest.approx(10, abs=.6) and t.effect['OCR questions'] == pytest.approx(30, abs=8) and t.high['Vision questions'] < 0
+
+def test_what_claims_say_in_words(tmp_path):
+    r = Results('mini', write(tmp_path, **AS_THE_PAPER))
+    t, early = judge(r), judge(r, matching='accuracy')
+    assert re.fullmatch(r'- \*\*CLIP is better within families of classes\*\* \(claim 2; the paper: .+\)\. At equal samples \+(9|10)\.\d points \[\+\d+\.\d, \+\d+\.\d\], \*replicated\*; at equal accuracy \*incomplete\* \(there are no runs of clip .+\)\.', told(t, early, '2').data)
+    v = verdicts(t, early)
+    assert list(v['']) == list(CLAIMS) and v['equal accuracy'].eq('').all() and v['equal samples'][3].startswith('-0.20 [')
+    assert '*replicated*: ' in (a := abstract(r, t, early).data) and 'Distinct symbols are less alike for CLIP -0.20 [' in a and '3 seeds, 1000 questions' in a
 
 def test_an_effect_between_few_seeds_and_many_pictures():
     "Without a shared error it is Student's; with nothing else it is the normal"
