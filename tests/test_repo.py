@@ -55,6 +55,25 @@ def test_nbdev_and_quarto_options_never_share_a_cell(p):
         opts = re.findall(r'^#\|(.*)$', source(c), re.M)
         assert not (any(':' in o for o in opts) and any(':' not in o for o in opts)), source(c)
 
+def filtered(cells):
+    "What Quarto gets of `cells`"
+    text = subprocess.run([sys.executable, root/'nbs/_quarto_filter.py'], input=json.dumps(dict(cells=cells)), capture_output=True, text=True, check=True).stdout
+    return json.loads(text)['cells']
+
+def code(source, *data): return dict(cell_type='code', source=source, outputs=[dict(output_type='display_data', data=d) for d in data])
+
+def test_the_site_hides_folds_and_loads_nothing():
+    "Directives and hidden cells go, imports and long drawing code fold, no output makes Quarto load scripts"
+    png, table = {'image/png': 'x'}, {'text/html': ['<td>&nbsp;</td>\n', '<td>1</td>'], 'text/plain': '1'}
+    imports = 'import os\n\nfrom a import (b,\n               c)\nfrom d import e  # why\n'
+    said = [source(c) for c in filtered([
+        code('#| hide\n1'), code('#| default_exp x'), dict(cell_type='markdown', source='#| hide'), code('#| export\n#| label: x\nf()\n'),
+        code('#| export\n' + imports), code(imports + 'f()'), code('a\nb\n# c\n\nd\n', png), code('a\nb\nc\nd', png), code('a\nb\nc\nd', {'text/plain': 'x'})])]
+    fold = '#| code-fold: true\n#| code-summary: '
+    assert said == ['#| hide', '#| label: x\nf()\n', fold + 'Imports\n' + imports, imports + 'f()', 'a\nb\n# c\n\nd\n', fold + 'Code\na\nb\nc\nd', 'a\nb\nc\nd']
+    c, = filtered([code('t', table, {'application/vnd.jupyter.widget-view+json': {}, 'text/plain': 'bar'})])
+    assert [o['data'] for o in c['outputs']] == [{'text/plain': '1', 'text/markdown': ['```{=html}\n', '<td></td>\n<td>1</td>', '\n```\n']}]
+
 def test_every_notebook_is_on_the_site_and_in_the_readme():
     for text in (root/'_quarto.yml').read_text(), (root/'README.md').read_text():
         for p in notebooks: assert f'nbs/{p.name}' in text
