@@ -74,6 +74,11 @@ def test_the_site_hides_folds_and_loads_nothing():
     c, = filtered([code('t', table, {'application/vnd.jupyter.widget-view+json': {}, 'text/plain': 'bar'})])
     assert [o['data'] for o in c['outputs']] == [{'text/plain': '1', 'text/markdown': ['```{=html}\n', '<td></td>\n<td>1</td>', '\n```\n']}]
 
+@each_notebook
+def test_every_figure_has_an_alternative_text(p):
+    for c in cells(p):
+        if any(k.startswith('image/') for o in c.get('outputs', []) for k in o.get('data', {})): assert '#| fig-alt: ' in source(c), source(c)
+
 def test_every_notebook_is_on_the_site_and_in_the_readme():
     for text in (root/'_quarto.yml').read_text(), (root/'README.md').read_text():
         for p in notebooks: assert f'nbs/{p.name}' in text
