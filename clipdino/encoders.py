@@ -33,7 +33,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from .core import SettingsError, check, generator, read_json, root, say
 from .objectives import MEAN, STD, layers_of, make_encoder
-from .pretrain import Pretrain, dtype_of, make_objective, open_encoder, tensors_digest
+from .pretrain import Pretrain, dtype_of, make_objective, open_encoder, reads_captions, tensors_digest
 from .views import centre
 
 # %% ../nbs/03_encoders.ipynb #0855d5e4
@@ -208,7 +208,7 @@ def open_folder(folder:Path)->Encoder:
     check(bool(files & {'settings.json', 'config.json'}), f'{folder} holds no encoder: neither a run of ours (settings.json) nor a model of timm\'s (config.json)')
     check('config.json' not in files or 'architecture' in read_in(folder, 'config.json'), f'{folder}/config.json is not timm\'s, which names an architecture; for transformers\' the name is hf:{folder}')
     with reading(str(folder)): model = open_encoder(folder)
-    has_text = 'objective.safetensors' in files and run_settings(folder).objective != 'dino'
+    has_text = 'objective.safetensors' in files and reads_captions(read_in(folder, 'settings.json')['objective'])
     return TimmEncoder(folder.name, model, towers=(lambda: RunTowers(folder)) if has_text else None)
 
 # %% ../nbs/03_encoders.ipynb #891055f8

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['OBJECTIVES', 'DISTILS', 'SMOKE', 'MINI', 'SMALL', 'PAPER', 'VIEW_SETTINGS', 'DINO_VIEWS', 'BY_OBJECTIVE', 'SOURCES',
            'FREE', 'ROUNDING', 'GPUS', 'REFUSED', 'LOOKS', 'TextSettings', 'DINOSettings', 'HybridSettings', 'Pretrain',
-           'validate', 'launched', 'world_size', 'check_inputs', 'settings', 'make_objective', 'dtype_of', 'seeded',
-           'view_groups', 'make_source', 'param_groups', 'schedule', 'features', 'world_tasks', 'labelled_task',
-           'Probe', 'state_tensors', 'tensors_digest', 'save_state', 'load_state', 'use_compile', 'clip_gradients',
-           'NonFinite', 'check_settings', 'make_probe', 'accelerator', 'on_main', 'Parts', 'Trainer', 'last_scores',
-           'Watch', 'fit', 'cost', 'Blank', 'seconds_per_image', 'costs', 'ahead', 'export_encoder', 'open_encoder',
-           'retrieval', 'final_scores', 'finish', 'complete', 'only_one', 'train', 'pretrain', 'arguments', 'spawn',
-           'program', 'main', 'collect', 'recipe', 'show_samples', 'show_views', 'show_curves', 'show_learning']
+           'validate', 'launched', 'world_size', 'reads_captions', 'check_inputs', 'settings', 'make_objective',
+           'dtype_of', 'seeded', 'one_view', 'two_views', 'view_groups', 'make_source', 'param_groups', 'schedule',
+           'features', 'world_tasks', 'labelled_task', 'Probe', 'state_tensors', 'tensors_digest', 'save_state',
+           'load_state', 'use_compile', 'clip_gradients', 'NonFinite', 'check_settings', 'make_probe', 'accelerator',
+           'on_main', 'Parts', 'Trainer', 'last_scores', 'Watch', 'fit', 'cost', 'Blank', 'seconds_per_image', 'costs',
+           'ahead', 'export_encoder', 'open_encoder', 'retrieval', 'final_scores', 'finish', 'complete', 'only_one',
+           'train', 'pretrain', 'arguments', 'spawn', 'program', 'main', 'collect', 'recipe', 'show_samples',
+           'show_views', 'show_curves', 'show_learning']
 
 # %% ../nbs/02_pretrain.ipynb #568ea07d
 import argparse, hashlib, inspect, json, math, os, re, shutil, subprocess, sys, tempfile, textwrap, time
@@ -41,7 +42,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .core import (CannotWrite, Metrics, PRESETS, Progress, Settings, SettingsError, check, digest, environment, generator, in_test, injected, one_of,
                            mix, read_json, run_dir, say, whole, write_json, writing)
 from .data import Bad, BadData, Shards, Steps, expand, loader
-from .objectives import (BYTE_TOKENS, CLIP_VOCAB, Contrastive, DINO, DINOHead, Hybrid, MEAN, STD, PretrainedText, TextTower, cosine, make_encoder, patch_of, text_config, text_heads)
+from .objectives import (BYTE_TOKENS, CLIP_VOCAB, Contrastive, DINO, DINOHead, Hybrid, MEAN, OWN, STD, PretrainedText, TextTower, cosine, make_encoder, patch_of, text_config, text_heads)
 from .readouts import accuracy, grid, knn, linear_probe
 from .sets import open_set, split_spec
 from .views import AddViews, centre, clip_views, dino_views, make_views
@@ -93,7 +94,7 @@ class HybridSettings(Settings):
 class Pretrain(HybridSettings, DINOSettings, TextSettings):
     "Settings of one pre-training run"
     preset: str = 'mini'  # smoke, mini, small or paper
-    objective: str = 'clip'  # one of `OBJECTIVES`
+    objective: str = 'clip'  # one of `OBJECTIVES`, or of `OWN`
     seed: int = 0  # seeds weights, order and views
     name: str = ''  # the run's folder under runs/; empty means objective-preset-seed
     # data
@@ -143,7 +144,7 @@ class Pretrain(HybridSettings, DINOSettings, TextSettings):
     def steps(self)->int: return self.samples//self.batch
 
 # %% ../nbs/02_pretrain.ipynb #61b7232b
-_CHOICES = dict(objective=OBJECTIVES, preset=PRESETS, captions=POLICIES, augment=('device', 'workers'), precision=('auto', 'fp32', 'bf16', 'fp64'), compile=('auto', 'on', 'off'),
+_CHOICES = dict(preset=PRESETS, captions=POLICIES, augment=('device', 'workers'), precision=('auto', 'fp32', 'bf16', 'fp64'), compile=('auto', 'on', 'off'),
                 clip_per=('model', 'parameter'), tracker=('', 'tensorboard', 'wandb'))
 _LEAST = dict(seed=0, batch=2, micro=0, processes=0, images=2, canvas=16, workers=0, local_crops=0, probes=0, unlocked=0, dim=1, text_width=2, text_layers=1, context=4, prototypes=2, head_hidden=1, bottleneck=1,
               save_every=1, lr=0, min_lr=0, weight_decay=0, weight_decay_end=0, clip_weight=0, dino_weight=0)
@@ -154,7 +155,7 @@ def validate(run:Pretrain):
     "Refuse what can't work, before any data is read or any model is built"
     def v(f): return getattr(run, f)
     for f in fields(run): check(f.type is not float or math.isfinite(v(f.name)), f'{f.name}={v(f.name)} must be a finite number')
-    for f, allowed in _CHOICES.items(): one_of(f, v(f), allowed)
+    for f, allowed in dict(objective=(*OBJECTIVES, *OWN), **_CHOICES).items(): one_of(f, v(f), allowed)
     for f, low in _LEAST.items(): check(v(f) >= low, f'{f}={v(f)} must be at least {low}')
     for f in _SHARES: check(0 <= v(f) <= 1, f'{f}={v(f)} must be from 0 to 1')
     for f in _POSITIVE: check(v(f) > 0, f'{f}={v(f)} must be above 0')
@@ -178,10 +179,14 @@ def world_size(run:Pretrain)->int:
     if launched(): return int(os.environ.get('WORLD_SIZE', 1))
     return run.processes or max(torch.cuda.device_count(), 1)
 
+def reads_captions(objective:str)->bool:
+    "Whether an objective that is known here has a text tower"
+    return OWN[objective].captions if objective in OWN else objective in OBJECTIVES and objective != 'dino'
+
 def check_inputs(run:Pretrain):
     "Refuse a run that can't be split over its processes, or whose shards or text model are not there"
     check(run.data != '', f'the preset {run.preset} trains on image-text shards: give them with -p data')
-    check(not run.eval_data or run.objective != 'dino', 'eval_data is for objectives that read captions, and dino reads none')
+    check(not run.eval_data or reads_captions(run.objective), f'eval_data is for objectives that read captions, and {run.objective} reads none')
     n = world_size(run)
     check(run.batch % n == 0, f'batch={run.batch} must be a multiple of the {n} processes')
     for spec in {run.data, run.eval_data} - {'world', ''}: expand(spec)
@@ -222,9 +227,9 @@ SOURCES = dict(  # of the values of the `paper` preset; "the paper" is arXiv 251
 
 def settings(preset:str='mini', objective:str='clip', **given)->Pretrain: # overrides; None means the preset's value
     "The settings of a run"
-    one_of('preset', preset, PRESETS), one_of('objective', objective, OBJECTIVES)
+    one_of('preset', preset, PRESETS), one_of('objective', objective, (*OBJECTIVES, *OWN))
     bases = dict(smoke=SMOKE, mini=MINI, small=SMALL, paper=PAPER)
-    table = {p: {**bases[p], **BY_OBJECTIVE[p].get(objective, {})} for p in PRESETS}
+    table = {p: {**bases[p], **(OWN[objective].changes if objective in OWN else BY_OBJECTIVE[p].get(objective, {}))} for p in PRESETS}
     return Pretrain.make(table, preset, objective=objective, **given)
 
 # %% ../nbs/02_pretrain.ipynb #1f04d2ef
@@ -260,15 +265,24 @@ def _objective(run:Pretrain)->nn.Module:
     dino = _distilling(run, encoder.num_features) if run.objective in DISTILS else {}
     if run.objective == 'dino': return DINO(encoder, **dino)
     with seeded(run):
+        if run.objective in OWN: return OWN[run.objective].make(run, encoder)
         text = (PretrainedText(run.text_model, run.unlocked, run.context, run.dim) if run.objective == 'clip-lm' else
                 TextTower(run.vocab, run.context, run.text_width, run.text_layers, run.dim))
         if run.objective == 'hybrid': return Hybrid(encoder, text, run.dim, run.clip_weight, run.dino_weight, **dino)
         return Contrastive(encoder, text, run.dim, sigmoid=run.objective == 'siglip')
 
+def one_view(run:Pretrain)->list:
+    "What CLIP sees"
+    return clip_views(run.image_size, (run.crop_min, 1.))
+
+def two_views(run:Pretrain)->list:
+    "What DINO sees: two views, and local ones if the run has any"
+    return dino_views(run.image_size, run.local_size, run.local_crops, (run.crop_min, 1.), (run.local_min, run.local_max), run.hue)
+
 def view_groups(run:Pretrain)->list:
     "The views that a run's objective sees"
-    if run.objective not in DISTILS: return clip_views(run.image_size, (run.crop_min, 1.))
-    return dino_views(run.image_size, run.local_size, run.local_crops, (run.crop_min, 1.), (run.local_min, run.local_max), run.hue)
+    if run.objective in OWN: return OWN[run.objective].views(run)
+    return two_views(run) if run.objective in DISTILS else one_view(run)
 
 def make_source(run:Pretrain):
     "The run's images and captions"

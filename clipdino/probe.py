@@ -249,7 +249,7 @@ def probe_task(t:Task, encoder:Encoder, run:ProbeRun, earlier:dict)->tuple: # pr
         shots = {n: few_shot(t.x[:, 0], t.y, t.x_test[:, 0], t.y_test, k, n, seed=run.seed) for n in SHOTS if n <= least}
         result |= dict(few_shot={str(n): dict(top1=float(np.mean(a)), deviation=float(np.std(a, ddof=1)), draws=len(a)) for n, a in shots.items()}, tried=tried.round(dict(accuracy=5)).to_dict('records'))
     scores = {how: p(t.x_test) for how, p in probes.items()}
-    if encoder.has_text: scores['zero_shot'] = torch.from_numpy(features(encoder, t.test, joint, batch=run.batch)[slice(None) if t.rows is None else t.rows]) @ name_classes(encoder, t.names, t.name).T
+    if encoder.has_text: scores['zero_shot'] = torch.from_numpy(np.array(features(encoder, t.test, joint, batch=run.batch)[slice(None) if t.rows is None else t.rows])) @ name_classes(encoder, t.names, t.name).T
     for how, s in scores.items(): result[how] = report(s, t.y_test, t.names)
     for how in ('linear', 'linear_cls'): result[how]['setting'] = asdict(probes[how].setting)
     return dict(result, test=digest(list(t.names), t.y_test.tobytes())), {how: s.argmax(1).numpy() == t.y_test for how, s in scores.items()}, probes
