@@ -21,6 +21,7 @@ import torch
 from .analysis import settings as analysis_settings
 from .core import Metrics, PRESETS, Settings, SettingsError, check, environment, in_test, one_of, read_json, root, runs_dir, say, writing
 from .lm import lm_dir, settings as lm_settings
+from .objectives import OWN
 from .pretrain import OBJECTIVES, check_settings, program, settings as pretrain_settings
 from .probe import settings as probe_settings, slug
 from .vlm import CONNECTORS, settings as vlm_settings
@@ -118,7 +119,7 @@ class Grid(Settings):
     def __post_init__(self):
         super().__post_init__()
         one_of('preset', self.preset, PRESETS)
-        for f, allowed in dict(studies=STUDIES, objectives=OBJECTIVES, kinds=KINDS).items():
+        for f, allowed in dict(studies=STUDIES, objectives=(*OBJECTIVES, *OWN), kinds=KINDS).items():
             check(listed(getattr(self, f)), f'{f} names none of {", ".join(allowed)}')
             for v in listed(getattr(self, f)): one_of(f, v, allowed)
         for f, low in dict(seeds=1, workers=0, threads=0).items(): check(getattr(self, f) >= low, f'{f}={getattr(self, f)} must be at least {low}')
