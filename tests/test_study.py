@@ -8,7 +8,7 @@ from scipy.stats import t as student, ttest_1samp
 
 import clipdino.pretrain as pretrain, clipdino.probe as probe, clipdino.vlm as vlm, clipdino.vmcbench as vmcbench
 from clipdino.core import SettingsError
-from clipdino.questions import CATEGORIES, GROUPS, LETTERS, VISION
+from clipdino.questions import GROUPS, LETTERS, VISION
 from clipdino.study import CLAIMS, RESULTS, Effect, Results, abstract, along, collect, effect, judge, kinds_of_tasks, like, matched, outcome, read_table, sensitivity, told, varied, verdicts
 from clipdino.worldvqa import WorldVQA
 
