@@ -7,7 +7,7 @@ import pytest
 from papermill.cli import _resolve_type
 
 from clipdino import grid, pretrain, probe, vlm, vmcbench
-from clipdino.core import SettingsError
+from clipdino.core import PRESETS, SettingsError, one_of
 from clipdino.data import _parts
 from clipdino.encoders import SCHEMES, load_encoder
 from clipdino.grid import RUNS
@@ -16,7 +16,7 @@ from clipdino.questions import SPLIT_FILES
 from clipdino.sets import split_spec
 
 root = Path(__file__).parent.parent
-NOTEBOOKS = {k.notebook: k.settings for k in RUNS.values() if k.notebook} | {'07_study': None}  # has no parameters
+NOTEBOOKS = {k.notebook: k.settings for k in RUNS.values() if k.notebook} | {'07_study': lambda preset='mini', studies='main': grid.settings(preset, studies=studies)}
 MODULES = dict(pretrain=pretrain, vlm=vlm, grid=grid)
 PAGES = 'README.md', 'nbs/index.ipynb', 'nbs/reproduce.ipynb', 'nbs/extend.ipynb'
 
@@ -40,25 +40,24 @@ def check(words:list):
     rest = [w for w in words[3:] if w not in ('--log-output', '--no-progress-bar')]
     assert len(rest) % 3 == 0 and set(rest[::3]) <= {'-p'}, words
     given = {k: _resolve_type(v) for k, v in zip(rest[1::3], rest[2::3])}
-    if NOTEBOOKS[name]: check_run(NOTEBOOKS[name](**given))
-    else: assert not given
+    check_run(NOTEBOOKS[name](**given))
 
 def check_program(name:str, options:list):
     "As the program would read them"
+    if name == 'study': return one_of('preset', *options or ['mini'], PRESETS)
     module, seen, program = MODULES[name], [], pretrain.program
     def only_settings(about, kind, go, text, args): program(about, kind, lambda **given: seen.append(module.settings(**given)), text, args)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(module, 'program', only_settings)
         try: module.main(options)
         except SystemExit as e: raise SettingsError(f'{name} {options}: {e}') from None
-    for run in seen:
-        if name != 'grid': check_run(run)
-        else:
-            for j in grid.jobs(run): check_run(j.run)
+    for run in seen: check_run(run)
     assert seen
 
 def check_run(run):
     "The names in it are such as are read; whether files are there is another matter"
+    if isinstance(run, grid.Grid):
+        for j in grid.jobs(run): check_run(j.run)
     if isinstance(run, vlm.VLMRun): vlm.check_inputs(run)
     if isinstance(run, probe.ProbeRun): [split_spec(s.removeprefix('maps:')) for s in probe.specs(run) if s != 'world']
     if isinstance(run, pretrain.Pretrain):
@@ -82,7 +81,7 @@ def test_every_command_would_be_accepted(page, simclr):
 def test_the_pages_have_a_command_for_every_kind_of_run():
     found = [w for p in PAGES for w in commands(prose(root/p))]
     assert {w[1].split('/')[1].split('.')[0] for w in found if w[0] == 'papermill'} >= {'02_pretrain', '03_probe', '05_vlm', '06_vmcbench'}
-    assert {w[1] for w in found if w[0] == '-m'} == {f'clipdino.{m}' for m in MODULES}
+    assert {w[1] for w in found if w[0] == '-m'} == {f'clipdino.{m}' for m in (*MODULES, 'study')}
 
 @pytest.mark.parametrize('command, said', [
     ('papermill nbs/02_pretrain.ipynb runs/x.ipynb -p objectiv clip', 'did you mean objective'), ('papermill nbs/02_pretrain.ipynb runs/x.ipynb -p lr fast', 'must be float'), ('papermill nbs/08_x.ipynb runs/x.ipynb', ''),
