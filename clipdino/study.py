@@ -225,7 +225,7 @@ def answered(r:Results, members, a:str, b:str, protocol:str='calibrated', aggreg
     variants = variants or matched(r, matching, a, b)
     runs = of_main(r.answers, variants, blind=False)
     ours, theirs = (t[t.seed.isin(t.seed if seeds is None else seeds)].sort_values('seed') for t in (runs[runs.objective == o] for o in (a, b)))
-    check(len(ours) and list(ours.seed) == list(theirs.seed), f'answers{" with " + ", ".join(filter(None, variants.values())) if any(variants.values()) else ""}: {a} has the seeds {list(ours.seed)} and {b} has {list(theirs.seed)}')
+    check(len(ours) and list(ours.seed) == list(theirs.seed), f'answers{" with " + ", ".join(dict.fromkeys(filter(None, variants.values()))) if any(variants.values()) else ""}: {a} has the seeds {list(ours.seed)} and {b} has {list(theirs.seed)}')
     at = [i for i, q in enumerate(r.questions.rows) if q['category'] in members]
     d, categories = (right(ours, r.questions, protocol) - right(theirs, r.questions, protocol))[:, at], [r.questions.rows[i]['category'] for i in at]
     def overall(v, **k): return aggregate(v, categories, **k)[aggregation]['overall']
