@@ -28,7 +28,7 @@ from scipy.stats import norm, t as student
 from statsmodels.stats.multitest import multipletests
 
 import clipdino.analysis as analysis, clipdino.pretrain as pretrain, clipdino.probe as probe, clipdino.vlm as vlm, clipdino.vmcbench as vmcbench
-from .core import SettingsError, check, digest, one_of, read_json, root, say, stamp, whole
+from .core import SettingsError, check, digest, one_of, read_json, root, say, stamp, whole, writing
 from .encoders import load_encoder
 from .pairs import distinct
 from .questions import CATEGORIES, GROUPS, VISION
@@ -69,6 +69,7 @@ def tables_dir()->Path: return root()/'nbs'/'results'/'study'
 def collect(preset:str, runs:Path|None=None, to:Path|None=None)->Path: # runs/, and where the tables are, unless others are given
     "Gather all finished runs of a preset into the tables; rows of runs that are elsewhere stay"
     runs, to = Path(runs or root()/'runs'), Path(to or tables_dir())
+    with writing(to): to.mkdir(parents=True, exist_ok=True)
     folders = [d for d in sorted(runs.iterdir()) if finished(d) and read_json(d/'settings.json')['preset'] == preset]
     check(folders, f'{runs} has no finished run of the preset {preset}')
     who = pd.DataFrame([identity(d) for d in folders])
@@ -427,10 +428,9 @@ VARIED = dict(images='distinct images', captions='captions', connector='connecto
 
 def values_of(r:Results, key:str, a:str)->dict: # a setting -> value: variant
     "What a setting was varied over: the preset's own value first"
-    own = pretrain.settings(r.preset, a) if key in asdict(pretrain.settings(r.preset, a)) else vlm.settings(r.preset)
-    found = [m[1] for v in sorted(set(r.answers.variant[r.answers.objective == a])) if (m := re.match(rf'{key}=(\S+)', v)) and all(k.split('=')[0] in (key, 'warmup') for k in v.split())]
-    rest = {v: next(x for x in set(r.answers.variant) if x.split()[:1] == [f'{key}={v}']) for v in found}
-    return {str(getattr(own, key)): '', **rest}
+    own = pretrain.settings(r.preset, a) if hasattr(pretrain.settings(r.preset, a), key) else vlm.settings(r.preset)
+    found = {m[1]: v for v in sorted(set(r.answers.variant[r.answers.objective == a])) if (m := re.fullmatch(rf'{key}=(\S+)( warmup=\S+)?', v))}
+    return {str(getattr(own, key)): '', **found}
 
 def along(r:Results, key:str, a:str='clip', b:str='dino', **how)->pd.DataFrame:
     "The gap between two objectives' VLMs along a setting, by group of tasks, over the seeds that both have"
@@ -492,11 +492,11 @@ def show_kinds(tables:dict): # name of a matching -> of `kinds_of_tasks`
 # %% ../nbs/07_study.ipynb #ce22d4a7
 def show_pairs(r:Results, seed:int=0, n:int=6, size:int=96):
     "Pairs that CLIP holds for alike and DINO for unlike, and the reverse, with both similarities"
-    who = r.runs[(r.runs.kind == 'analysis') & (r.runs.seed == seed) & (r.runs.variant == '')]
-    t = r.pairs[r.pairs.run.isin(who.run) & r.pairs.alike_for.isin(f'{o}-{r.preset}-s{seed}' for o in ('clip', 'dino'))]
+    two = [f'{o}-{r.preset}-s{seed}' for o in ('clip', 'dino')]
+    t = r.pairs[r.pairs.alike_for.isin(two) & r.pairs.unlike_for.isin(two)]
     check(len(t), f'no pairs of seed {seed} were gathered')
     fig = plt.figure(figsize=(n*1.15, 5.5))
-    for half, (alike, rows) in zip(fig.subfigures(2, 1, hspace=.03), t.groupby('alike_for', sort=False)):
+    for half, (alike, rows) in zip(fig.subfigures(2, 1, hspace=.03), t[t.run == t.run.iloc[0]].groupby('alike_for', sort=False)):
         for column, p in zip(half.subplots(2, n, squeeze=False).T, rows.head(n).itertuples()):
             for ax, i in zip(column, (p.i, p.j)): ax.imshow(render(scene(0, 'test', int(i), 'mixed'), size)), ax.set_axis_off()
             column[0].set_title(f'{p.first:.2f}  {p.second:.2f}', size=8)
