@@ -378,7 +378,7 @@ def measured(c)->str: # row of `judge`
     "Effect and interval of a claim; nothing if there is none"
     if c.effect != c.effect: return ''
     number = (lambda x: f'{x:+.1f}') if c.unit == 'points' else (lambda x: f'{x:+.2f}')
-    return number(c.effect) + f' {UNITS[c.unit]}'.rstrip() + f' [{number(c.low)}, {number(c.high)}]'*(c.low == c.low)
+    return number(c.effect) + f' {UNITS[c.unit]}'.rstrip() + (f' [{number(c.low)}, {number(c.high)}]' if c.low == c.low else '')
 
 def found(c)->str: # row of `judge`
     "Effect, interval and verdict of a claim, and why it has none"
