@@ -86,7 +86,7 @@ def test_matched_by_accuracy(tmp_path):
     assert like(r, 'clip', 'dino') == early and list(accuracy.index) == ['1', '2', '3', '4', '5', '6', '6v']
     assert dict(samples.verdict[['1', '2']]) == {'1': 'reversed', '2': 'replicated'} and samples.effect['1'] == pytest.approx(30, abs=1)
     assert accuracy.verdict['1'] == 'replicated' and accuracy.effect['2'] == pytest.approx(0, abs=1) and accuracy.verdict['2'] == 'inconclusive' and 'incomplete' not in set(accuracy.verdict)
-    t = verdicts(samples.reset_index(), accuracy.reset_index()).set_index('')
+    t = verdicts(judge(r), accuracy.reset_index()).set_index('')
     assert re.fullmatch(r'[+-]0\.\d points \[.+\]', t['equal accuracy']['2']) and t['equal accuracy']['7s'] == '' and 'at equal accuracy' in told(samples.reset_index(), accuracy.reset_index(), '1').data
     with pytest.raises(SettingsError, match='matching.*samples'): matched(r, 'time', 'clip', 'dino')
 
