@@ -28,7 +28,7 @@ from scipy.stats import norm, t as student
 from statsmodels.stats.multitest import multipletests
 
 import clipdino.analysis as analysis, clipdino.pretrain as pretrain, clipdino.probe as probe, clipdino.vlm as vlm, clipdino.vmcbench as vmcbench
-from .core import SettingsError, check, digest, one_of, read_json, root, say, stamp, whole, writing
+from .core import PRESETS, SettingsError, check, digest, one_of, read_json, root, say, stamp, whole, writing
 from .encoders import load_encoder
 from .pairs import distinct
 from .questions import CATEGORIES, GROUPS, VISION
@@ -68,6 +68,7 @@ def tables_dir()->Path: return root()/'nbs'/'results'/'study'
 
 def collect(preset:str, runs:Path|None=None, to:Path|None=None)->Path: # runs/, and where the tables are, unless others are given
     "Gather all finished runs of a preset into the tables; rows of runs that are elsewhere stay"
+    check(to or preset != 'smoke', 'results of the preset smoke are for tests, and are not gathered into the tables of the study')
     runs, to = Path(runs or root()/'runs'), Path(to or tables_dir())
     with writing(to): to.mkdir(parents=True, exist_ok=True)
     folders = [d for d in sorted(runs.iterdir()) if finished(d) and read_json(d/'settings.json')['preset'] == preset]
@@ -209,7 +210,7 @@ def like(r:Results, a:str, b:str)->str: # objectives -> variant
 def matched(r:Results, matching:str, a:str, b:str)->dict: # objectives -> {objective: variant}; those left out are as the preset has them
     "Which variants are compared"
     one_of('matching', matching, MATCHINGS)
-    return {} if matching == 'samples' or 'untrained' in (a, b) and 'clip' not in (a, b) else {'clip': like(r, 'clip', 'dino')}
+    return {'clip': like(r, 'clip', 'dino')} if matching == 'accuracy' and 'clip' in (a, b) else {}
 
 def of_main(t:pd.DataFrame, variants:dict={}, **where)->pd.DataFrame: # {objective: variant}
     "Rows of runs as the preset has them, or of an objective's variant"
@@ -289,12 +290,12 @@ def text_questions(r, a='clip', b='dino', protocol='calibrated', aggregation='tw
     "OCR group (the paper, section 4)"
     return answered(r, GROUPS['OCR'], a, b, protocol, aggregation, matching)
 
-@claim('6', 'On other questions they are equal', 'none found', 0, ('clip', 'dino'))
+@claim('6', 'On other questions they are equal', 'no number given', 0, ('clip', 'dino'))
 def other_questions(r, a='clip', b='dino', protocol='calibrated', aggregation='twenty', matching='samples')->Effect:
     "All groups but OCR (the paper, section 4)"
     return answered(r, [c for c in CATEGORIES if c not in GROUPS['OCR']], a, b, protocol, aggregation, matching)
 
-@claim('6v', 'DINO is better at vision-centric questions', 'none found', -1, ('dino',))
+@claim('6v', 'DINO is better at vision-centric questions', 'no number given', -1, ('dino',))
 def vision_questions(r, a='clip', b='dino', protocol='calibrated', aggregation='twenty', matching='samples')->Effect:
     "The vision-centric tasks (the paper, abstract)"
     return answered(r, VISION, a, b, protocol, aggregation, matching)
@@ -413,18 +414,21 @@ def for_readme(r:Results)->str:
 
 def refresh(preset:str='mini'):
     "Gather finished runs, and renew the README's table"
-    collect(preset)
+    one_of('preset', preset, PRESETS)
     path = root()/'README.md'
     text = path.read_text()
     check(all(text.count(m) == 1 for m in MARKS), f'README.md must have {" and ".join(MARKS)}, once each')
+    collect(preset)
     before, rest = text.split(MARKS[0])
     with whole(path) as tmp: Path(tmp).write_text(f'{before}{MARKS[0]}\n{for_readme(Results(preset))}\n{MARKS[1]}{rest.split(MARKS[1])[1]}')
 
-if __name__ == '__main__' and '__file__' in globals(): refresh(*sys.argv[1:])  # as a program; in a notebook there is no file
+if __name__ == '__main__' and '__file__' in globals():  # as a program; in a notebook there is no file
+    try: refresh(*sys.argv[1:2])
+    except SettingsError as e: sys.exit(str(e))
 
 # %% ../nbs/07_study.ipynb #c7bc0bb6
 TEAMS = dict(OCR=list(GROUPS['OCR']), Vision=list(VISION), all=list(CATEGORIES))
-VARIED = dict(images='distinct images', captions='captions', connector='connector', stage2_samples='conversations in stage 2', llm='language model', samples='images seen')  # setting -> what figures call it
+VARIED = dict(images='distinct images', captions='captions', connector='connector', stage2_samples='conversations in stage 2', llm='language model', samples='images seen by CLIP, DINO at its end')  # setting -> what figures call it
 
 def values_of(r:Results, key:str, a:str)->dict: # a setting -> value: variant
     "What a setting was varied over: the preset's own value first"

@@ -153,6 +153,7 @@ def changed(folder, table, **values):
 
 def test_results_that_are_refused(tmp_path):
     with pytest.raises(SettingsError, match='preset smoke are for tests'): Results('smoke', tmp_path)
+    with pytest.raises(SettingsError, match='not gathered into the tables'): collect('smoke', tmp_path)
     with pytest.raises(SettingsError, match='runs_mini.csv is not there'): Results('mini', tmp_path)
     with pytest.raises(SettingsError, match=f'version 9, and this code knows up to {RESULTS}'): changed(write(tmp_path), 'runs', version=9)
     with pytest.raises(SettingsError, match='has rows of small'): changed(write(tmp_path), 'runs', preset='small')
