@@ -7,9 +7,12 @@ import pytest
 from scipy.stats import t as student, ttest_1samp
 
 import clipdino.pretrain as pretrain, clipdino.probe as probe, clipdino.vlm as vlm, clipdino.vmcbench as vmcbench
+from clipdino.analysis import patch_colours
 from clipdino.core import SettingsError
+from clipdino.encoders import load_encoder
 from clipdino.questions import GROUPS, LETTERS, VISION
-from clipdino.study import CLAIMS, RESULTS, Effect, Results, abstract, along, collect, effect, judge, kinds_of_tasks, like, matched, outcome, read_table, sensitivity, told, varied, verdicts
+from clipdino.study import CLAIMS, RESULTS, Effect, Results, abstract, along, collect, effect, judge, kinds_of_tasks, like, matched, outcome, read_table, sensitivity, told, verdicts
+from clipdino.world import render, scene
 from clipdino.worldvqa import WorldVQA
 
 OBJECTIVES, SEEDS, N = ('clip', 'dino', 'siglip', 'clip-lm', 'untrained'), (0, 1, 2), 1000
@@ -34,7 +37,7 @@ def write(folder, values={}, answers={}, spread=.003, drop=(), more=()):
             if (o, s) in drop: continue
             if own or not variant:
                 if o != 'untrained': curves += [dict(run=e, objective=o, preset='mini', seed=s, settings='', data='d', commit='c', device='cpu', samples=n, split='val', task='object', readout='linear', accuracy=f*values.get((key, 'object'), .8)) for n, f in ((98304, .9), (196608, 1))]
-                for task, usual in ('object', .8), ('within families', .6):
+                for task, usual in ('object', .8), ('within families', .6), ('word', .5), ('colour', .5), ('style', .5):
                     v = values.get((key, task), usual if o != 'untrained' else .2) + noise()
                     probe += [dict(encoder=e, weights=w, commit='c', task=task, how=how, value=v, low=v - .002, high=v + .002, chance=.01, pictures=4096) for how in ('linear', 'knn')]
                 for what, row, usual in ('sensitivity', 'object', 1.), ('sensitivity', 'word', .5), ('sensitivity', 'colour', .5), ('sensitivity', 'style', .5), ('similarity', 'symbol', .8):
@@ -69,8 +72,10 @@ def test_seeds_that_disagree_leave_it_open(tmp_path):
 
 def test_encoders_that_learned_nothing_are_not_compared(tmp_path):
     t = judged(tmp_path, values={('dino', 'object'): .2, ('clip', 'object'): .2}, answers=dict(clip=lambda c: .3, dino=lambda c: .3, siglip=lambda c: .3))
-    assert t.verdict['1'] == 'untrained is as good' and t.why['1'] == 'not better than untrained: clip and dino'
-    assert t.verdict['7s'] == 'untrained is as good' and t.why['7t'] == 'not better than untrained: clip'
+    assert t.verdict['1'] == 'untrained is as good' and t.floor['1'] == 'clip and dino'
+    assert t.verdict['7s'] == 'untrained is as good' and t.floor['7t'] == 'clip'
+    v = verdicts(t.reset_index(), t.iloc[:1].reset_index()).set_index('')
+    assert v.verdict['7t'] == 'untrained is as good as clip' and v['verdict ']['1'] == 'untrained is as good as clip and dino'
 
 def test_choices_that_are_not_a_claims_are_empty(tmp_path):
     t = sensitivity(Results('mini', write(tmp_path, **AS_THE_PAPER)))
@@ -102,16 +107,18 @@ def test_the_gap_along_a_setting(tmp_path):
     few, silent = 'images=3072', 'captions=no-text'
     better = lambda c: .8
     r = Results('mini', write(tmp_path, answers={'clip': better, silent: lambda c: .3 if c in GROUPS['OCR'] else .8}, more=[('clip', few), ('dino', few), ('clip', silent), ('clip', 'connector=linear'), ('dino', 'connector=linear')]))
-    t, c = along(r, 'images').set_index(['value', 'group']), along(r, 'captions').set_index(['value', 'group'])
+    t, c = (along(r, k).set_index(['value', 'line']) for k in ('images', 'captions'))
     assert list(dict.fromkeys(t.index.get_level_values(0))) == ['49152', '3072'] and set(t.seeds) == {3}
     assert t.effect['49152', 'all'] == pytest.approx(20, abs=4) and c.effect['web', 'OCR'] == pytest.approx(20, abs=8) and c.effect['no-text', 'OCR'] == pytest.approx(-30, abs=8)
-    assert varied(r) == ['images', 'captions', 'connector']
+    silent = along(Results('mini', write(tmp_path, {('captions=no-text', 'word'): .2}, more=[('clip', silent)])), 'captions', 'linear probe').set_index(['value', 'line'])
+    assert silent.effect['web', 'words'] == pytest.approx(0, abs=1) and silent.effect['no-text', 'words'] == pytest.approx(-30, abs=1) and silent.effect['no-text', 'objects'] == pytest.approx(0, abs=1)
+    assert [len({*along(r, k).value}) for k in ('images', 'captions', 'connector', 'llm')] == [2, 2, 2, 1]
 
 def test_kinds_of_tasks_beside_each_other(tmp_path):
-    "Those without runs are left out: here there are probes of two tasks only, and no encoders that were stopped early"
+    "Those without runs are left out: here there are probes of five tasks only, and no encoders that were stopped early"
     r = Results('mini', write(tmp_path, **AS_THE_PAPER))
     t = kinds_of_tasks(r).set_index('what')
-    assert list(t.index) == ['object', 'within families', *(f'{g} questions' for g in ('General', 'Reasoning', 'OCR', 'Doc & Chart', 'Vision'))] and len(kinds_of_tasks(r, matching='accuracy')) == 0
+    assert list(t.index) == ['object', 'within families', 'word', 'colour', 'style', *(f'{g} questions' for g in ('General', 'Reasoning', 'OCR', 'Doc & Chart', 'Vision'))] and len(kinds_of_tasks(r, matching='accuracy')) == 0
     assert t.effect['within families'] == pytest.approx(10, abs=.6) and t.effect['OCR questions'] == pytest.approx(30, abs=8) and t.high['Vision questions'] < 0
 
 def test_what_claims_say_in_words(tmp_path):
@@ -200,10 +207,13 @@ def test_real_runs_become_tables(tmp_path, monkeypatch):
     to.mkdir()
     collect('smoke', to=to)
     t = {f.name.removesuffix('_smoke.csv'): read_table(f) for f in to.iterdir()}
-    assert set(t) == {'runs', 'pretrain', 'probe', 'vmcbench'} and sorted(t['runs'].kind) == ['pretrain', 'pretrain', 'probe', 'vlm', 'vlm', 'vmcbench', 'vmcbench']
+    assert set(t) == {'runs', 'pretrain', 'probe', 'vmcbench', 'patches'} and sorted(t['runs'].kind) == ['pretrain', 'pretrain', 'probe', 'vlm', 'vlm', 'vmcbench', 'vmcbench']
     runs = t['runs'].set_index('run')
     assert runs.variant['clip-smoke-s0'] == runs.variant['vlm-clip-smoke-s0'] == '' and runs.variant['vlm-clip-smoke-s1'] == 'connector=linear' and runs.settings['clip-smoke-s0'] == runs.settings['clip-smoke-s1']
     assert runs.weights['clip-smoke-s1'] == runs.weights['vlm-clip-smoke-s1'] == t['vmcbench'].set_index('encoder').encoder_weights['clip-smoke-s1'] != runs.weights['clip-smoke-s0']
+    patches, e = t['patches'].set_index(['encoder', 'i']), load_encoder('clip-smoke-s0')
+    images = np.stack([render(scene(0, 'test', i, 'mixed'), 96) for i in range(6)])
+    assert list(dict.fromkeys(t['patches'].encoder)) == ['clip-smoke-s0', 'random:clip-smoke-s0'] and patches.colours['clip-smoke-s0', 5] == np.uint8(255*patch_colours(e, images)[5] + .5).tobytes().hex() != patches.colours['random:clip-smoke-s0', 5]
     before = {f.name: f.read_bytes() for f in to.iterdir()}
     (tmp_path/'away').mkdir()
     for d in list((tmp_path/'runs').glob('*s1')): d.rename(tmp_path/'away'/d.name)
