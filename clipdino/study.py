@@ -389,7 +389,8 @@ UNITS = dict(points='points', distances='', cosine='')
 def measured(c)->str: # row of `judge`
     "Effect and interval of a claim; nothing if there is none"
     if c.effect != c.effect: return ''
-    number = (lambda x: f'{x:+.1f}') if c.unit == 'points' else (lambda x: f'{x:+.2f}')
+    digits = 1 if c.unit == 'points' else 2
+    def number(x): return f'{round(x, digits) + 0.:+.{digits}f}'  # the sum: no -0.0
     return number(c.effect) + f' {UNITS[c.unit]}'.rstrip() + (f' [{number(c.low)}, {number(c.high)}]' if c.low == c.low else '')
 
 def ruled(c)->str: # row of `judge`
@@ -414,7 +415,7 @@ def verdicts(claims:pd.DataFrame, early:pd.DataFrame)->pd.DataFrame: # as for `t
 
 def abstract(r:Results, claims:pd.DataFrame, early:pd.DataFrame): # as for `told`
     "What is found, by verdict"
-    def listed(t): return '\n'.join(f'- *{v}*: ' + '; '.join(f'{c.says} {measured(c)}'.strip() for c in g.itertuples()) for v, g in t.groupby('verdict', sort=False))
+    def listed(t): return '\n'.join(f'- *{v}*: ' + '; '.join(f'{c.says} {measured(c)}'.strip() for c in g.itertuples()) for v, g in t.groupby(t.apply(ruled, axis=1), sort=False))
     seeds = sorted({int(n) for n in claims.seeds.dropna()})
     return Markdown(f'Preset `{r.preset}`, {" or ".join(map(str, seeds)) or "no"} seeds, {len(r.questions)} questions for each VLM; effects with 95% intervals. At equal samples:\n\n{listed(claims)}\n\nAt equal accuracy:\n\n{listed(early)}')
 

@@ -11,7 +11,7 @@ from clipdino.analysis import patch_colours
 from clipdino.core import SettingsError
 from clipdino.encoders import load_encoder
 from clipdino.questions import GROUPS, LETTERS, VISION
-from clipdino.study import CLAIMS, RESULTS, Effect, Results, abstract, along, collect, effect, judge, kinds_of_tasks, like, matched, outcome, read_table, sensitivity, told, verdicts
+from clipdino.study import CLAIMS, RESULTS, Effect, Results, abstract, along, collect, effect, judge, kinds_of_tasks, like, matched, measured, outcome, read_table, sensitivity, told, verdicts
 from clipdino.world import render, scene
 from clipdino.worldvqa import WorldVQA
 
@@ -128,6 +128,10 @@ def test_what_claims_say_in_words(tmp_path):
     v = verdicts(t, early)
     assert list(v['']) == list(CLAIMS) and v['equal accuracy'].eq('').all() and v['equal samples'][3].startswith('-0.20 [')
     assert '*replicated*: ' in (a := abstract(r, t, early).data) and 'Distinct symbols are less alike for CLIP -0.20 [' in a and '3 seeds, 1000 questions' in a
+
+def test_numbers_as_they_are_printed():
+    c = pd.DataFrame([dict(effect=-.04, low=-4.13, high=4.05, unit='points'), dict(effect=-.004, low=math.nan, high=math.nan, unit='cosine'), dict(effect=math.nan, low=math.nan, high=math.nan, unit='points')])
+    assert [measured(r) for r in c.itertuples()] == ['+0.0 points [-4.1, +4.0]', '+0.00', '']
 
 def test_an_effect_between_few_seeds_and_many_pictures():
     "Without a shared error it is Student's; with nothing else it is the normal"
