@@ -445,7 +445,7 @@ if __name__ == '__main__' and '__file__' in globals():  # as a program; in a not
 # %% ../nbs/07_study.ipynb #c7bc0bb6
 LINES = {'linear probe': dict(objects='object', words='word', colour='colour', style='style'), 'VLM': dict(OCR=list(GROUPS['OCR']), Vision=list(VISION), all=list(CATEGORIES))}  # what is followed: tasks, or data sets of questions
 LINE_COLOURS = dict(objects='C0', words='C1', colour='C3', style='C4', OCR='C1', Vision='C2', all='k')
-VARIED = dict(images='distinct images', captions='captions', connector='connector', stage2_samples='conversations in stage 2', llm='language model', samples='images seen by CLIP, DINO at its end')  # setting -> what figures call it
+VARIED = dict(images='distinct images', captions='captions', connector='connector', stage1_samples='captions in stage 1', stage2_samples='conversations in stage 2', llm='language model', samples='images seen by CLIP, DINO at its end')  # setting -> what figures call it
 
 def runs_of(r:Results, how:str)->pd.DataFrame: return r.answers[~r.answers.blind] if how == 'VLM' else r.probe
 
