@@ -457,7 +457,7 @@ if __name__ == '__main__' and '__file__' in globals():  # as a program; in a not
 # %% ../nbs/07_study.ipynb #c7bc0bb6
 LINES = {'linear probe': dict(objects='object', words='word', colour='colour', style='style'), 'VLM': dict(OCR=list(GROUPS['OCR']), Vision=list(VISION), all=list(CATEGORIES))}  # what is followed: tasks, or data sets of questions
 LINE_COLOURS = dict(objects='C0', words='C1', colour='C3', style='C4', OCR='C1', Vision='C2', all='k')
-VARIED = dict(images='distinct images', captions='captions', connector='connector', stage1_samples='captions in stage 1', stage2_samples='conversations in stage 2', llm='language model', samples='images seen by CLIP, DINO at its end')  # setting -> what figures call it
+VARIED = dict(images='distinct images', captions='captions', samples='images seen by CLIP, DINO at its end', stage1_samples='captions in stage 1', stage2_samples='conversations in stage 2', connector='connector', llm='language model')  # setting -> what figures call it
 
 def runs_of(r:Results, how:str)->pd.DataFrame: return r.answers[~r.answers.blind] if how == 'VLM' else r.probe
 
@@ -550,7 +550,7 @@ def show_patch_tokens(r:Results, size:int=96):
     "Test pictures, and the patch tokens of each encoder in the colours of their first three principal components"
     t = r.patches
     rows = {'picture': [render(scene(0, 'test', int(i), 'mixed'), size) for i in sorted(set(t.i))]}
-    rows |= {o: [np.frombuffer(bytes.fromhex(c.colours), np.uint8).reshape(-1, c.width, 3) for c in g.itertuples()] for o, g in t.groupby('objective', sort=False)}
+    rows |= {o: [np.frombuffer(bytes.fromhex(c.colours), np.uint8).reshape(-1, c.width, 3) for c in g.itertuples()] for o in (*pretrain.OBJECTIVES, 'untrained') if len(g := t[t.objective == o])}
     fig, axes = plt.subplots(len(rows), len(rows['picture']), figsize=(1.1*len(rows['picture']) + .8, 1.1*len(rows)), squeeze=False, layout='constrained')
     for line, (label, pictures) in zip(axes, rows.items()):
         for ax, im in zip(line, pictures): ax.imshow(im), ax.set(xticks=[], yticks=[])
