@@ -417,7 +417,7 @@ def make_probe(run:Pretrain, split:str='val'):
 # %% ../nbs/02_pretrain.ipynb #a4b304f3
 def accelerator(run:Pretrain, folder:Path)->Accelerator:
     "Devices, processes, precision and tracker"
-    half = run.precision == 'bf16' or run.precision == 'auto' and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    half = run.precision == 'bf16' or run.precision == 'auto' and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = world_size(run) > 1 and launched() and not torch.accelerator.is_available()  # accelerate would take each process for a run of its own
     acc = Accelerator(cpu=cpu, mixed_precision='bf16' if half else 'no', log_with=run.tracker or None, project_dir=str(folder), kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
     check(acc.num_processes == world_size(run) or not launched(), f'{world_size(run)} processes were launched, but on {acc.device} each would be alone')

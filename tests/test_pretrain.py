@@ -1,11 +1,12 @@
 "The training loop keeps its promises: exact continuation, identical reload, nothing non-finite in the weights."
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from clipdino.core import SettingsError
-from clipdino.pretrain import OBJECTIVES, NonFinite, Trainer, ahead, check_settings, finish, fit, open_encoder, pretrain, settings, state_tensors, tensors_digest
+from clipdino.pretrain import OBJECTIVES, NonFinite, Trainer, accelerator, ahead, check_settings, finish, fit, open_encoder, pretrain, settings, state_tensors, tensors_digest
 
 def smoke(objective, name, **given): return settings('smoke', objective, **{'name': name, 'probes': 0, 'save_every': 32, **given})
 
@@ -169,3 +170,11 @@ def test_looking_ahead_changes_nothing(tmp_path, objective, capsys):
         for _, batch in zip(range(5), t.batches()): t.update(batch)
         ends.append(tensors_digest(state_tensors(t.objective, t.opt)))
     assert ends[0] == ends[1] and '3,200 images of' in capsys.readouterr().out
+
+@pytest.mark.parametrize('gpu', ['with bf16', 'that emulates it'])
+def test_half_precision_only_on_gpus_that_have_it(tmp_path, monkeypatch, gpu):
+    "An older one would take many times longer than in single precision"
+    monkeypatch.setattr('torch.cuda.is_available', lambda: True)
+    monkeypatch.setattr('torch.cuda.is_bf16_supported', lambda including_emulation=True: gpu == 'with bf16' or including_emulation)
+    monkeypatch.setattr('clipdino.pretrain.Accelerator', lambda **given: SimpleNamespace(num_processes=1, device='cuda', **given))
+    assert accelerator(smoke('clip', 'x', processes=1), tmp_path).mixed_precision == ('bf16' if gpu == 'with bf16' else 'no')
