@@ -18,6 +18,7 @@ __all__ = ['OBJECTIVES', 'DISTILS', 'SMOKE', 'MINI', 'SMALL', 'PAPER', 'VIEW_SET
 import argparse, hashlib, inspect, json, math, os, re, shutil, subprocess, sys, tempfile, textwrap, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,7 +29,7 @@ import seaborn as sns
 import timm
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from safetensors import safe_open
@@ -415,11 +416,14 @@ def make_probe(run:Pretrain, split:str='val'):
     return Probe(world_tasks(run.canvas, split, *((64, 64) if run.preset == 'smoke' else ()))) if run.data == 'world' else None
 
 # %% ../nbs/02_pretrain.ipynb #a4b304f3
+_PATIENCE = timedelta(hours=1)  # that processes wait for the first one while it probes, saves or exports; torch's ten minutes would end the run
+
 def accelerator(run:Pretrain, folder:Path)->Accelerator:
     "Devices, processes, precision and tracker"
     half = run.precision == 'bf16' or run.precision == 'auto' and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = world_size(run) > 1 and launched() and not torch.accelerator.is_available()  # accelerate would take each process for a run of its own
-    acc = Accelerator(cpu=cpu, mixed_precision='bf16' if half else 'no', log_with=run.tracker or None, project_dir=str(folder), kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    acc = Accelerator(cpu=cpu, mixed_precision='bf16' if half else 'no', log_with=run.tracker or None, project_dir=str(folder),
+                      kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=_PATIENCE)])
     check(acc.num_processes == world_size(run) or not launched(), f'{world_size(run)} processes were launched, but on {acc.device} each would be alone')
     return acc
 

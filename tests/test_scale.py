@@ -7,7 +7,7 @@ import torch
 from helpers import group
 
 from clipdino.core import SettingsError, mix
-from clipdino.pretrain import OBJECTIVES, Trainer, arguments, check_inputs, main, pretrain, settings, state_tensors
+from clipdino.pretrain import OBJECTIVES, Trainer, accelerator, arguments, check_inputs, main, pretrain, settings, state_tensors
 
 root = Path(__file__).parent.parent
 DINOS = dict(dino={}, dino_norm=dict(head_norm=True), dino_no_locals=dict(local_crops=0, freeze_last=0.))
@@ -120,3 +120,11 @@ def test_the_slurm_example_is_sound():
     options = dict(zip(*[iter(a.training_script_args)]*2))
     given = {k.removeprefix('--'): v for k, v in options.items()}
     assert settings(**dict(given, workers=int(given['workers']))).data == 's/{0..3}.tar'
+
+def waits(run, folder):
+    "Seconds that a process waits for the others"
+    accelerator(run, Path(folder))
+    return torch.distributed.distributed_c10d._get_default_group()._get_backend(torch.device('cpu')).options._timeout.total_seconds()
+
+def test_processes_wait_for_a_long_probe_or_export(tmp_path):
+    assert group(2, waits, settings('smoke'), tmp_path) == 3600
