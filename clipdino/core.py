@@ -9,7 +9,7 @@ __all__ = ['PRESETS', 'PACKAGES', 'SettingsError', 'check', 'one_of', 'Settings'
            'digest', 'stamp', 'theme']
 
 # %% ../nbs/00_core.ipynb #d77a32ce
-import errno, hashlib, json, os, platform, re, subprocess, sys, tempfile, time
+import errno, hashlib, json, os, platform, re, secrets, subprocess, sys, tempfile, time
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -116,7 +116,7 @@ def cache_dir()->Path:
 def whole(path:Path): # the file to appear
     "Yields a temporary path beside `path`, which takes its place when the block ends well and vanishes when it does not"
     path = Path(path)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    tmp = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.tmp')  # processes of several machines may have one number
     try:
         with writing(path):
             tmp.touch()

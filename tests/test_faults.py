@@ -7,7 +7,7 @@ import torch
 from filelock import FileLock
 from helpers import shard, start
 
-from clipdino.core import CannotWrite, Metrics, SettingsError
+from clipdino.core import CannotWrite, Metrics, SettingsError, whole
 from clipdino.data import BadData
 from clipdino.pretrain import Trainer, fit, pretrain, settings, train
 
@@ -98,3 +98,11 @@ def test_collapse_is_said(tmp_path, capsys):
         fit(t)
         assert [s[:len(message)] for s in t.watch.said] == [message]*bool(message)
         assert capsys.readouterr().out.count('trouble at') == bool(message)
+
+def test_two_writers_of_a_file_do_not_meet(tmp_path, monkeypatch):
+    "Also on two machines that share the folder, where both may be process number 7"
+    monkeypatch.setattr('os.getpid', lambda: 7)
+    with whole(tmp_path/'x') as a:
+        a.write_text('first')
+        with whole(tmp_path/'x') as b: b.write_text('second')
+    assert (tmp_path/'x').read_text() == 'first' and [p.name for p in tmp_path.iterdir()] == ['x']
