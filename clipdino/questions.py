@@ -162,8 +162,8 @@ def given(option)->bool: return option is not None and option == option and str(
 
 def row_of(r:dict, name:str)->dict|None: # raw row with options and place; the category of those that have none
     "The row in `COLUMNS`, checked; None unless it has four options"
-    options = [str(o) for o in r['options'] if given(o)]
-    if len(options) != 4: return None
+    options = [str(o) for o in r['options'][:4] if given(o)]
+    if len(options) != 4 or any(map(given, r['options'][4:])): return None  # letters belong to places
     try: index = int(r['index'])
     except (TypeError, ValueError): raise SettingsError(f'{r["where"]}: index={r["index"]!r} is no whole number') from None
     check(given(r['question']), f'{r["where"]} has no question')

@@ -90,6 +90,9 @@ def test_questions_without_four_options_are_left_out_and_counted(tmp_path):
     assert (len(q), q.skipped['not four options'], q.doubled, [r['index'] for r in q.rows], q.rows[0]['category']) == (2, 3, 1, [2, 4], 'q')
     p = open_questions(parquet(tmp_path/'q.parquet', published(**{'_1': dict(D=None), '_2': dict(C=' ')})))
     assert len(p) == 4 and p.skipped['not four options'] == 2
+    (tmp_path/'gap.jsonl').write_text('\n'.join(json.dumps(dict(image='1.png', question='?', options=o, answer='C')) for o in (['', *'wxyz'], [*'wxyz', ''])))
+    gap = open_questions(str(tmp_path/'gap.jsonl'))
+    assert [(r['index'], r['C']) for r in gap.rows] == [(1, 'y')], 'where A is empty, C is not the third of those that are left'
 
 def test_a_table_may_name_the_row_with_the_same_picture(tmp_path):
     rows = published()
