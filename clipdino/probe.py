@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'FEATURES', 'TASKS', 'WITHIN', 'POOLED', 'PARTS', 'PHRASES', 'SHOTS', 'HOW', 'ProbeRun', 'slug', 'settings',
-           'device_of', 'pooled', 'joint', 'patch_tokens', 'fill', 'features', 'Pictures', 'even', 'Task',
+           'device_of', 'functions', 'pooled', 'joint', 'patch_tokens', 'fill', 'features', 'Pictures', 'even', 'Task',
            'world_tasks', 'set_task', 'WorldMaps', 'OnlyPictures', 'dense', 'constant_iou', 'name_classes',
            'probe_task', 'pool', 'specs', 'probe_all', 'save_arrays', 'probe', 'compare', 'main_tasks', 'picture',
            'show_tasks', 'show_grid', 'show_maps', 'show_differences', 'collect', 'objective_of', 'over_seeds',
@@ -73,6 +73,11 @@ def device_of(name:str)->str: return ('cuda' if torch.cuda.is_available() else '
 
 # %% ../nbs/03_probe.ipynb #29116736
 FEATURES = '1'  # version of what is written
+_USUAL = {repr(m) for m in (torch.nn.GELU(), torch.nn.Identity(), torch.nn.Dropout(0.))}  # in a ViT
+
+def functions(model)->list:
+    "What a network computes without weights, besides what is usual: two may differ in an activation alone"
+    return sorted({repr(m) for m in model.modules() if not list(m.children()) and not m.state_dict()} - _USUAL)
 
 def pooled(encoder:Encoder, x, layer:int)->torch.Tensor: # (B, 3, S, S) -> (B, 2, D)
     "Class token and mean of the patch tokens; (B, 1, D) if these are of different width"
@@ -109,8 +114,9 @@ def fill(path:Path, encoder:Encoder, source, what, layer:int, batch:int):
 
 def features(encoder:Encoder, source, what=pooled, layer:int=-1, batch:int=256)->np.ndarray: # (n, 2, D), or (n, N, D) of patch tokens; read-only memory map
     "The features of a set of pictures (with `name`, `fingerprint`, length and `batch(ids, size)`), made unless they are there"
-    weights = tensors_digest({k: v.cpu() for k, v in encoder.joint().state_dict().items()}) if what is joint else encoder.fingerprint
-    key = digest(FEATURES, weights, encoder.size, list(encoder.mean), list(encoder.std), source.fingerprint, what.__name__, layer)
+    model = encoder.joint() if what is joint else encoder.model
+    weights = tensors_digest({k: v.cpu() for k, v in model.state_dict().items()}) if what is joint else encoder.fingerprint
+    key = digest(FEATURES, weights, encoder.size, list(encoder.mean), list(encoder.std), source.fingerprint, what.__name__, layer, *functions(model))
     d = cache_dir()/'features'
     path = d/f'{key}.npy'
     with writing(d):

@@ -56,7 +56,7 @@ def test_features_are_made_once_and_right(monkeypatch):
     assert (probe.features(e, s, batch=7) == x).all()
     with pytest.raises(ValueError): x[0] = 0
 
-@pytest.mark.parametrize('what', ['weights', 'data', 'layer', 'size', 'mean'])
+@pytest.mark.parametrize('what', ['weights', 'data', 'layer', 'size', 'mean', 'activation'])
 def test_features_are_stale_when_anything_differs(what):
     e, s, layer = load_encoder(ENCODER), Set(), -1
     x = np.array(probe.features(e, s))
@@ -67,6 +67,8 @@ def test_features_are_stale_when_anything_differs(what):
     if what == 'layer': layer = 1
     if what == 'size': s.images = s.images[:, :24, :24]; s.fingerprint = 'smaller'
     if what == 'mean': e.mean = (.4, .5, .5)
+    if what == 'activation':
+        for b in e.model.blocks: b.mlp.act = torch.nn.Tanh()  # as QuickGELU for GELU: the weights are the same
     assert not np.allclose(probe.features(e, s, layer=layer), x) and len(files()) == 2
 
 @pytest.mark.parametrize('damage', [lambda p: p.write_bytes(p.read_bytes()[:-100]), lambda p: p.write_bytes(b''), lambda p: p.write_bytes(b'noise'*40)])
