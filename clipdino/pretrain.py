@@ -9,10 +9,10 @@ __all__ = ['OBJECTIVES', 'DISTILS', 'SMOKE', 'MINI', 'SMALL', 'PAPER', 'VIEW_SET
            'dtype_of', 'seeded', 'one_view', 'two_views', 'view_groups', 'make_source', 'param_groups', 'schedule',
            'features', 'world_tasks', 'labelled_task', 'Probe', 'state_tensors', 'tensors_digest', 'save_state',
            'load_state', 'use_compile', 'clip_gradients', 'NonFinite', 'check_settings', 'make_probe', 'accelerator',
-           'on_main', 'Parts', 'Trainer', 'last_scores', 'Watch', 'fit', 'cost', 'Blank', 'seconds_per_image', 'costs',
-           'ahead', 'export_encoder', 'open_encoder', 'retrieval', 'final_scores', 'finish', 'complete', 'only_one',
-           'train', 'pretrain', 'arguments', 'spawn', 'program', 'main', 'collect', 'recipe', 'show_samples',
-           'show_views', 'show_curves', 'show_learning']
+           'on_main', 'agree', 'Parts', 'Trainer', 'last_scores', 'Watch', 'fit', 'cost', 'Blank', 'seconds_per_image',
+           'costs', 'ahead', 'export_encoder', 'open_encoder', 'retrieval', 'final_scores', 'finish', 'complete',
+           'only_one', 'train', 'pretrain', 'arguments', 'spawn', 'program', 'main', 'collect', 'recipe',
+           'show_samples', 'show_views', 'show_curves', 'show_learning']
 
 # %% ../nbs/02_pretrain.ipynb #568ea07d
 import argparse, hashlib, inspect, json, math, os, re, shutil, subprocess, sys, tempfile, textwrap, time
@@ -30,7 +30,7 @@ import timm
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -437,6 +437,11 @@ def on_main(acc, f):
     if out[1] is not None: raise out[1]
     return out[0]
 
+def agree(acc:Accelerator, **seen): # what this process found, by name
+    "Refuse a run whose processes found different things, as on machines that share no folder"
+    every = gather_object([seen])
+    for k in seen: check(len({s[k] for s in every}) == 1, f'processes found different {k}: {", ".join(map(str, dict.fromkeys(s[k] for s in every)))}; give all machines the same data, and runs/ on a file system that they share')
+
 class Parts:
     "What a run is made of: source, objective, optimiser, state, lists of metrics and bad samples"
     def __init__(self, run:Pretrain, folder:Path, acc:Accelerator|None=None, source=None): # source: other pictures and captions than `run.data`
@@ -451,6 +456,7 @@ class Parts:
         self.params = [p for p in self.objective.parameters() if p.requires_grad]
         self.opt = torch.optim.AdamW(param_groups(self.objective), lr=run.lr, betas=(.9, run.beta2), eps=run.eps, fused=True)
         self.step = load_state(folder, self.objective, self.opt)
+        agree(self.acc, data=self.source.fingerprint, steps=self.step)
         self.metrics = on_main(self.acc, lambda: Metrics(folder/'metrics.jsonl', upto=self.step or -1))  # a fresh start probes again before its first step
         self.bad = on_main(self.acc, lambda: Bad(folder/'bad.jsonl', run.max_bad, self.source, self.step, self.step*run.batch)).of(self.acc.process_index)
         self.failed = torch.full((3,), -1., dtype=dtype, device=self.acc.device)  # step, loss and gradient norm of the first step that was not finite

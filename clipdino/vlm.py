@@ -42,7 +42,7 @@ from .core import Metrics, PRESETS, Progress, Settings, check, digest, environme
 from .encoders import Encoder, HFEncoder, OpenClipEncoder, TimmEncoder, folder_of, load_encoder, reading
 from .lm import settings as lm_settings, small_lm
 from .objectives import layers_of
-from .pretrain import NonFinite, accelerator, arguments, check_settings, complete, launched, load_state, on_main, only_one, program, save_state, spawn, tensors_digest, world_size
+from .pretrain import NonFinite, accelerator, agree, arguments, check_settings, complete, launched, load_state, on_main, only_one, program, save_state, spawn, tensors_digest, world_size
 from .probe import features, patch_tokens, slug
 from .questions import CATEGORIES, LETTERS, VISION, prompt
 from .world import POLICIES
@@ -429,6 +429,7 @@ class Stage:
         self.trained = p.reader.connector if k == 1 else p.reader
         on_main(p.acc, self._tidy)
         self.step = load_state(self.folder, self.trained, self.opt)
+        agree(p.acc, steps=self.step)
 
     def _optimiser(self):
         "Of what is trained as it is now: connector, and language model at its own rate"
@@ -519,6 +520,7 @@ class Parts:
         self.processor = make_processor(run, self.encoder, self.tokenizer)
         self.batches = [Batches(c, self.tokenizer, picture_tokens(run, self.encoder), run.of(k, 'batch'), run.seed, run.context, plain=k == 1, template=run.template) for k, c in enumerate(self.chats, 1)]
         data = digest(self.fingerprint, tensors_digest({k: v.cpu() for k, v in self.reader.state_dict().items() if not k.startswith('connector.')}), *(b.fingerprint for b in self.batches))
+        agree(acc, data=data)
         on_main(acc, lambda: check_settings(folder, run, data))  # only now, so that no setting is noted that is refused
         self.seen = [Seen(self.encoder, c.pictures, run) for c in self.chats]  # of several processes one makes the features, and the others wait for it at their lock
 

@@ -128,3 +128,17 @@ def waits(run, folder):
 
 def test_processes_wait_for_a_long_probe_or_export(tmp_path):
     assert group(2, waits, settings('smoke'), tmp_path) == 3600
+
+def apart(run, top):
+    "What a process says whose folder is its own, where the first one's has a state"
+    try: Trainer(run, Path(top)/os.environ['RANK'])
+    except SettingsError as e: return str(e)
+
+def test_processes_that_share_no_folder_are_refused(tmp_path):
+    "Else some would go on and others begin"
+    run = settings('smoke', name='x', probes=0)
+    for d in '01': (tmp_path/d).mkdir()
+    t = Trainer(run, tmp_path/'0')
+    t.update(next(t.batches()))
+    t.save()
+    assert group(2, apart, run, tmp_path).startswith('processes found different steps: 1, 0;')
