@@ -190,6 +190,7 @@ def check_inputs(run:Pretrain):
     check(not run.eval_data or reads_captions(run.objective), f'eval_data is for objectives that read captions, and {run.objective} reads none')
     n = world_size(run)
     check(run.batch % n == 0, f'batch={run.batch} must be a multiple of the {n} processes')
+    check(launched() or run.processes <= (torch.cuda.device_count() or run.processes), f'processes={run.processes}, but this machine has {torch.cuda.device_count()} GPUs for them')
     for spec in {run.data, run.eval_data} - {'world', ''}: expand(spec)
     if run.probe_data and not Path(split_spec(run.probe_data)[1]).expanduser().is_dir(): expand(run.probe_data)  # a labelled set is a folder, or shards
     if run.objective == 'clip-lm': text_config(run.text_model, run.unlocked)

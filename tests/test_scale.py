@@ -142,3 +142,7 @@ def test_processes_that_share_no_folder_are_refused(tmp_path):
     t.update(next(t.batches()))
     t.save()
     assert group(2, apart, run, tmp_path).startswith('processes found different steps: 1, 0;')
+
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 1)
+    with pytest.raises(SettingsError, match='processes=2, but this machine has 1 GPUs'): check_inputs(settings('smoke', processes=2))
