@@ -43,6 +43,14 @@ def test_too_many_bad_samples_stop_the_run(top, share, message):
     with pytest.raises(BadData, match=message): pretrain(smoke(data='0.tar', samples=300))
     assert not Path('runs/x/result.json').exists()
 
+def test_a_run_with_too_many_bad_samples_goes_on_if_they_are_allowed(top):
+    "What is allowed changes no weight"
+    shard(top/'0.tar', 0, 300, range(0, 300, 10))
+    given = dict(data='0.tar', samples=300, save_every=32)
+    with pytest.raises(BadData): pretrain(smoke(**given))
+    on, new = (pretrain(smoke(**given, max_bad=.2, name=name)) for name in ('x', 'y'))
+    assert on['loss'] == new['loss'] and on['data'] == new['data'] and on['data']['max_bad'] == .2
+
 def test_changed_data_are_refused(top):
     "The same names and counts, other bytes"
     shard(top/'0.tar', 0, 60)
