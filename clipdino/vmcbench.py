@@ -268,12 +268,13 @@ def seed_weights(s:int, draws:int)->np.ndarray: # -> (draws, s), of mean 1
 def aggregate(values, categories:list, draws:int=DRAWS)->dict: # (n,) numbers of questions, or (s, n) of several seeds -> aggregation -> level -> value, interval, n
     "Means by data set, group and overall, in each of the ways, with 95% bootstrap intervals"
     (groups, sets), values, categories = levels(categories), np.atleast_2d(np.asarray(values, np.float64)), np.array(categories)
-    at, seeds = {c: k for k, c in enumerate(sets)}, seed_weights(len(values), draws)/len(values)
+    at, seeds = {c: k for k, c in enumerate(sets)}, (seed_weights(len(values), draws) - 1)/len(values)
     size, mean, boot = np.empty(len(at)), np.empty(len(at)), np.empty((draws, len(at)))
     for c, k in at.items():
         v, counts = np.unique(values[:, categories == c], axis=1, return_counts=True)
-        size[k], mean[k] = counts.sum(), (v @ counts).mean()/counts.sum()
-        boot[:, k] = (np_rng(0, k).multinomial(counts.sum(), counts/counts.sum(), draws) @ v.T*seeds).sum(1)/counts.sum()
+        each = v @ counts/counts.sum()  # the mean of every seed
+        size[k], mean[k] = counts.sum(), each.mean()
+        boot[:, k] = np_rng(0, k).multinomial(counts.sum(), counts/counts.sum(), draws) @ v.mean(0)/counts.sum() + seeds @ each  # questions and seeds apart: only the seeds' part is widened
     def cell(members, over):
         k = [at[c] for c in members]
         w = size[k]/size[k].sum() if over == 'questions' else np.full(len(k), 1/len(k))

@@ -216,6 +216,15 @@ def test_intervals_over_three_seeds_cover(spread):
         hits += low <= 0 <= high
     assert hits >= 88  # of 100, at 95%
 
+def test_intervals_over_three_seeds_are_no_wider_than_they_need_be():
+    "Where seeds differ by their answers alone: as wide as Student's over the seeds and the normal over the questions make it together"
+    g, widths, expected = np.random.default_rng(0), [], []
+    for _ in range(40):
+        values = .3*g.normal(size=200) + .55*g.normal(size=(3, 200))
+        widths.append(np.ptp(aggregate(values, ['GQA']*200, draws=800)['twenty']['overall']['interval'])/2)
+        expected.append(np.hypot(4.303*values.mean(1).std(ddof=1)/3**.5, 1.96*values.mean(0).std()/200**.5))
+    assert np.mean(widths) == pytest.approx(np.mean(expected), rel=.12)
+
 def test_one_seed_is_no_seeds():
     values, categories = np.arange(8) % 3, ['GQA']*3 + ['OCRVQA']*5
     assert aggregate(values, categories) == aggregate([values], categories)
