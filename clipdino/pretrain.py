@@ -10,8 +10,8 @@ __all__ = ['OBJECTIVES', 'DISTILS', 'SMOKE', 'MINI', 'SMALL', 'PAPER', 'VIEW_SET
            'features', 'world_tasks', 'labelled_task', 'Probe', 'state_tensors', 'tensors_digest', 'save_state',
            'load_state', 'use_compile', 'clip_gradients', 'NonFinite', 'check_settings', 'make_probe', 'accelerator',
            'on_main', 'agree', 'Parts', 'Trainer', 'last_scores', 'Watch', 'fit', 'cost', 'Blank', 'seconds_per_image',
-           'costs', 'ahead', 'export_encoder', 'open_encoder', 'retrieval', 'final_scores', 'finish', 'complete',
-           'only_one', 'train', 'pretrain', 'arguments', 'spawn', 'program', 'main', 'collect', 'recipe',
+           'costs', 'ahead', 'export_encoder', 'open_encoder', 'ranks', 'retrieval', 'final_scores', 'finish',
+           'complete', 'only_one', 'train', 'pretrain', 'arguments', 'spawn', 'program', 'main', 'collect', 'recipe',
            'show_samples', 'show_views', 'show_curves', 'show_learning']
 
 # %% ../nbs/02_pretrain.ipynb #568ea07d
@@ -656,6 +656,14 @@ def open_encoder(folder:Path)->nn.Module:
     return timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
 
 # %% ../nbs/02_pretrain.ipynb #ad47423f
+def ranks(queries, keys, batch:int=256)->torch.Tensor: # (n, D), (n, D) -> (n,)
+    "How many keys are more similar to each query than its own is"
+    out = []
+    for i in range(0, len(queries), batch):
+        s = queries[i:i + batch] @ keys.T
+        out.append((s > s.diagonal(i)[:, None]).sum(1))
+    return torch.cat(out)
+
 @torch.inference_mode()
 def retrieval(trainer, source, batch:int=256)->dict:
     "Image-text retrieval on held-out pairs: recall@1, 5, 10 both ways, with one caption per image"
@@ -664,11 +672,11 @@ def retrieval(trainer, source, batch:int=256)->dict:
         images, hw, captions, _ = source.batch(np.arange(i, min(i + batch, len(source))))
         xs.append(o.embed_image(centre(torch.from_numpy(images).to(device), torch.as_tensor(hw, device=device), trainer.run.image_size, MEAN, STD).to(o.proj.weight.dtype)))
         ts.append(o.embed_text(o.text.tokenize(captions).to(device)))
-    sim = torch.cat(xs) @ torch.cat(ts).T
-    out = dict(pairs=len(sim))
-    for way, s in ('image_to_text', sim), ('text_to_image', sim.T):
-        better = (s > s.diagonal()[:, None]).sum(1)
-        out |= {f'{way}_recall@{k}': (better < k).float().mean().item() for k in (1, 5, 10)}
+    xs, ts = torch.cat(xs), torch.cat(ts)
+    out = dict(pairs=len(xs))
+    for way, q, k in ('image_to_text', xs, ts), ('text_to_image', ts, xs):
+        rank = ranks(q, k, batch)
+        out |= {f'{way}_recall@{k}': (rank < k).float().mean().item() for k in (1, 5, 10)}
     return out
 
 # %% ../nbs/02_pretrain.ipynb #da01e043

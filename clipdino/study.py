@@ -248,8 +248,8 @@ def answered(r:Results, members, a:str, b:str, protocol:str='calibrated', aggreg
     at = [i for i, q in enumerate(r.questions.rows) if q['category'] in members]
     d, categories = (right(ours, r.questions, protocol) - right(theirs, r.questions, protocol))[:, at], [r.questions.rows[i]['category'] for i in at]
     def overall(v, **k): return aggregate(v, categories, **k)[aggregation]['overall']
-    found = overall(d)
-    return Effect(100*found['value'], 100*np.ptp(found['interval'])/2/norm.ppf(.975), seeds=tuple(100*overall(v, draws=1)['value'] for v in d))
+    each, within = [100*overall(v, draws=1)['value'] for v in d], 100*np.ptp(overall(d.mean(0))['interval'])/2/norm.ppf(.975)  # the questions' part, by bootstrap of their mean over seeds
+    return effect(each, within)
 
 def at_equal_compute(r:Results, a:str, b:str)->Effect:
     "Difference in the held-out linear probe when the dearer objective is read off its curve where it has cost as much as the other at its end; its learning rate is not yet low there, which is a disadvantage"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clipdino.core import SettingsError
-from clipdino.pretrain import OBJECTIVES, NonFinite, Trainer, accelerator, ahead, check_settings, finish, fit, open_encoder, pretrain, settings, state_tensors, tensors_digest
+from clipdino.pretrain import OBJECTIVES, NonFinite, Trainer, accelerator, ahead, check_settings, finish, fit, open_encoder, pretrain, ranks, settings, state_tensors, tensors_digest
 
 def smoke(objective, name, **given): return settings('smoke', objective, **{'name': name, 'probes': 0, 'save_every': 32, **given})
 
@@ -178,3 +178,10 @@ def test_half_precision_only_on_gpus_that_have_it(tmp_path, monkeypatch, gpu):
     monkeypatch.setattr('torch.cuda.is_bf16_supported', lambda including_emulation=True: gpu == 'with bf16' or including_emulation)
     monkeypatch.setattr('clipdino.pretrain.Accelerator', lambda **given: SimpleNamespace(num_processes=1, device='cuda', **given))
     assert accelerator(smoke('clip', 'x', processes=1), tmp_path).mixed_precision == ('bf16' if gpu == 'with bf16' else 'no')
+
+def test_ranks_of_own_keys():
+    "Block by block as all at once; one that is first is first, whatever rounding does"
+    q, k = (torch.nn.functional.normalize(torch.randn(23, 8, generator=torch.Generator().manual_seed(s)), dim=1) for s in (0, 1))
+    s = q @ k.T
+    assert ranks(q, k, batch=5).tolist() == [sum(float(x) > float(row[i]) for x in row) for i, row in enumerate(s)]
+    assert ranks(q, q, batch=7).tolist() == [0]*23
