@@ -56,6 +56,11 @@ class Settings:
             check(k in names, f'no such setting: {k}{near}; there are {", ".join(names)}')
         return cls(**{**presets[preset], 'preset': preset, **given})
 
+    def brief(self, base:'Settings', *also:str)->dict: # settings to compare with; names of some to be there anyway
+        "The settings named in `also`, and those that are not as in `base`"
+        changed = [f.name for f in fields(self) if getattr(self, f.name) != getattr(base, f.name)]
+        return {k: getattr(self, k) for k in dict.fromkeys((*also, *changed))}
+
 # %% ../nbs/00_core.ipynb #a703b897
 def injected(cell:str)->dict: # source of the cell that ran before this one
     "The parameters that papermill injected with `cell`"
@@ -214,15 +219,18 @@ def terminal():
     return fd if fd is not None and 'JPY_SESSION_NAME' not in os.environ and os.isatty(fd) else None
 
 class Progress:
-    "Prints a line when `every` of the work is done, with the time left"
-    def __init__(self, total:int, start:int=0, every:float=1/24):
-        self.total, self.start, self.every, self.t0, self.next = total, start, every, time.time(), start
-    def due(self, done:int)->bool: return done >= self.next or done >= self.total
+    "Prints a line, with the time left, when `every` of the work is done, or a hundredth of it after five minutes"
+    def __init__(self, total:int, start:int=0, every:float=1/8):
+        self.total, self.start, self.every, self.last, self.t0 = total, start, every, start - total, time.time()
+        self.told = self.t0
+    def due(self, done:int)->bool:
+        share = self.every if time.time() - self.told < 300 else min(self.every, .01)
+        return done >= min(self.last + self.total*share, self.total)
     def __call__(self, done:int, **values):
         "Report that `done` of `total` is done, with named values"
         if not self.due(done): return
-        self.next = done + self.total*self.every
-        spent = time.time() - self.t0
+        self.last, self.told = done, time.time()
+        spent = self.told - self.t0
         left = spent*(self.total - done)/max(done - self.start, 1)
         shown = '  '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k, v in values.items())
         say(f'{done/self.total:4.0%}  {shown}  {spent:.0f} s, {left:.0f} s left')

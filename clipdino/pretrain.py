@@ -10,9 +10,9 @@ __all__ = ['OBJECTIVES', 'DISTILS', 'SMOKE', 'MINI', 'SMALL', 'PAPER', 'VIEW_SET
            'features', 'world_tasks', 'labelled_task', 'Probe', 'state_tensors', 'tensors_digest', 'save_state',
            'load_state', 'use_compile', 'clip_gradients', 'NonFinite', 'check_settings', 'make_probe', 'accelerator',
            'on_main', 'agree', 'Parts', 'Trainer', 'last_scores', 'Watch', 'fit', 'cost', 'Blank', 'seconds_per_image',
-           'costs', 'ahead', 'export_encoder', 'open_encoder', 'ranks', 'retrieval', 'final_scores', 'finish',
-           'complete', 'only_one', 'train', 'pretrain', 'arguments', 'spawn', 'program', 'main', 'collect', 'recipe',
-           'show_samples', 'show_views', 'show_curves', 'show_learning']
+           'costs', 'show_costs', 'ahead', 'export_encoder', 'open_encoder', 'ranks', 'retrieval', 'final_scores',
+           'finish', 'complete', 'only_one', 'train', 'pretrain', 'arguments', 'spawn', 'program', 'main', 'collect',
+           'recipe', 'show_samples', 'show_views', 'show_curves', 'show_learning']
 
 # %% ../nbs/02_pretrain.ipynb #568ea07d
 import argparse, hashlib, inspect, json, math, os, re, shutil, subprocess, sys, tempfile, textwrap, time
@@ -631,6 +631,14 @@ def costs(preset:str, batch:int=0)->pd.DataFrame: # images in a step that is tim
             with tempfile.TemporaryDirectory() as d: row['hours here'] = row['images']/3600*seconds_per_image(Trainer(replace(run, batch=batch, micro=0, workers=0, probes=0), Path(d), source=Blank(run.canvas)))
         rows.append(row | {g: c['gflop']*row['images']/3600/(.4*1e3*tflops) for g, tflops in GPUS.items()})
     return pd.DataFrame(rows)
+
+def show_costs(t:pd.DataFrame): # from `costs`
+    "The same for people, in units that fit"
+    def number(v): return f'{v:.2g}' if v < 1 else f'{v:.1f}' if v < 100 else f'{v:,.0f}'
+    def span(h): return f'{3600*h:.2g} s' if h < 1/60 else f'{60*h:.0f} min' if h < 2 else f'{h:.0f} h' if h < 72 else f'{h/24:,.0f} days'
+    names = {'gflop': 'GFLOP', 'state_gb': 'weights, GB', 'activations_mb': 'activations, MB', 'hours here': 'here'}
+    times = [c for c in ('here', *GPUS) if c in t.rename(columns=names)]
+    return t.rename(columns=names).style.set_uuid('costs').format(number, subset=['images', 'GFLOP', 'weights, GB', 'activations, MB']).format(span, subset=times).hide()
 
 def ahead(t:'Trainer'):
     "Say what a run will take, if it is a long one"

@@ -274,15 +274,17 @@ def specs(run:ProbeRun)->list: return [s for s in (p.strip() for p in re.split(r
 def probe_all(encoder:Encoder, run:ProbeRun)->tuple: # -> results by task, successes by task and readout, {dense task: some pictures and maps}
     "All tasks of all data"
     results, right, probes, maps, known = {}, {}, {}, {}, {}
+    def found(name): return f'{name}: linear {results[name]["linear"]["top1"]:.1%}, neighbours {results[name]["knn"]["top1"]:.1%}, chance {results[name]["linear"]["chance"]:.1%}'
     def take(t):
         begun = time.time()
         results[t.name], right[t.name], probes[t.name] = probe_task(t, encoder, run, probes)
-        known[t.name], r = t.names, results[t.name]
-        say(f'{t.name}: linear {r["linear"]["top1"]:.1%}, neighbours {r["knn"]["top1"]:.1%}, chance {r["linear"]["chance"]:.1%}; {time.time() - begun:.0f} s')
+        known[t.name] = t.names
+        if not t.name.startswith(WITHIN): say(f'{found(t.name)}; {time.time() - begun:.0f} s')
     for spec in specs(run):
         if spec == 'world':
             for t in world_tasks(encoder, run): take(t)
             results[POOLED], right[POOLED] = pool(results, right)
+            say(found(POOLED))
             sets = WorldMaps('probe', max(run.train//8, 32), run.canvas), WorldMaps('test', max(run.test//8, 32), run.canvas)
         elif spec.startswith('maps:'): sets = open_maps(spec[5:], 'train', run.limit), open_maps(spec[5:], 'test')
         else:
