@@ -6,9 +6,9 @@
 __all__ = ['SIZES', 'CHANGED', 'SIDE', 'SYMBOLS', 'STRUCTURE', 'LEAST', 'AnalysisRun', 'settings', 'class_tokens', 'embed',
            'ratio', 'change', 'sensitivity', 'show_changes', 'symbol', 'mean_similarity', 'symbols', 'show_symbols',
            'cka', 'uniformity', 'dimensions', 'class_ratio', 'alignment', 'all_layers', 'structure', 'conflict',
-           'conflicts', 'show_conflicts', 'ShardPictures', 'First', 'open_pictures', 'disagreement', 'analyse', 'dots',
-           'names_in', 'show_sensitivity', 'show_similarities', 'show_shared', 'show_gallery', 'show_cka',
-           'patch_colours', 'show_patches', 'collect', 'show_objectives']
+           'conflicts', 'show_conflicts', 'ShardPictures', 'First', 'open_pictures', 'disagreement', 'analyse',
+           'analyse_in', 'dots', 'names_in', 'show_sensitivity', 'show_similarities', 'show_shared', 'show_gallery',
+           'show_cka', 'patch_colours', 'show_patches', 'collect', 'show_objectives']
 
 # %% ../nbs/04_analysis.ipynb #8bd165a4
 import math
@@ -25,7 +25,7 @@ from PIL import Image
 from scipy.stats import binomtest
 from torch.nn import functional as F
 
-from .core import Settings, SettingsError, check, digest, environment, in_test, injected, one_of, read_json, root, run_dir, say, theme, whole, write_json
+from .core import Settings, SettingsError, alone, check, digest, environment, in_test, injected, one_of, read_json, root, run_dir, say, theme, whole, write_json
 from .data import Shards, middle
 from .encoders import Encoder, load_encoder
 from .pairs import THRESHOLDS, Pairs, by_ranks, by_thresholds, distinct, shared
@@ -302,7 +302,9 @@ def analyse(run:AnalysisRun)->dict:
     encoders = [load_encoder(n, device_of(run.device)) for n in run.names]
     for e, n in zip(encoders, run.names):
         if sum(o.name == e.name for o in encoders) > 1: e.name = n
-    folder = run_dir(run.folder_name)
+    with alone(run_dir(run.folder_name)) as folder: return analyse_in(folder, encoders, run)
+
+def analyse_in(folder:Path, encoders:list, run:AnalysisRun)->dict:
     if not (folder/'result.json').exists(): (folder/'settings.json').unlink(missing_ok=True)  # an attempt that did not end binds nobody
     check_settings(folder, run, digest([e.fingerprint for e in encoders]))
     if (folder/'result.json').exists():

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'PACKAGES', 'SettingsError', 'check', 'one_of', 'Settings', 'injected', 'CannotWrite', 'writing', 'sync',
-           'root', 'in_test', 'runs_dir', 'run_dir', 'cache_dir', 'whole', 'write_json', 'read_json', 'Metrics',
-           'commit', 'environment', 'mix', 'uniform', 'generator', 'np_rng', 'permute', 'terminal', 'Progress', 'say',
-           'digest', 'stamp', 'theme']
+           'root', 'in_test', 'runs_dir', 'run_dir', 'alone', 'cache_dir', 'whole', 'write_json', 'read_json',
+           'Metrics', 'commit', 'environment', 'mix', 'uniform', 'generator', 'np_rng', 'permute', 'terminal',
+           'Progress', 'say', 'digest', 'stamp', 'theme']
 
 # %% ../nbs/00_core.ipynb #d77a32ce
 import errno, hashlib, json, os, platform, re, secrets, subprocess, sys, tempfile, time
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 
 # %% ../nbs/00_core.ipynb #790f4697
 PRESETS = 'smoke', 'mini', 'small', 'paper'  # tests, any laptop, one GPU, a cluster
@@ -109,6 +110,18 @@ def run_dir(name:str)->Path:
     d = runs_dir()/name
     with writing(d): d.mkdir(parents=True, exist_ok=True)
     return d
+
+@contextmanager
+def alone(folder:Path):
+    "Keeps other runs out of a folder; refuses if one is there"
+    lock = FileLock(folder/'.lock', timeout=10)  # loader processes of a run that was killed hold it for some seconds
+    try:
+        with writing(lock.lock_file): lock.acquire()
+    except Timeout: check(False, f'another process is running {folder.name}; wait for it, or give this run another name')
+    try:
+        for left in (*folder.glob('.*.tmp'), *folder.glob('.tmp*')): left.unlink()  # ours and safetensors', of a process that was killed while it wrote
+        yield folder
+    finally: lock.release()
 
 def cache_dir()->Path:
     "Where rendered worlds, shard indices and features are kept: `$CLIPDINO_CACHE`, else `~/.cache/clipdino`"

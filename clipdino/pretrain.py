@@ -16,7 +16,7 @@ __all__ = ['OBJECTIVES', 'DISTILS', 'SMOKE', 'MINI', 'SMALL', 'PAPER', 'VIEW_SET
 
 # %% ../nbs/02_pretrain.ipynb #568ea07d
 import argparse, hashlib, inspect, json, math, os, re, shutil, subprocess, sys, tempfile, textwrap, time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from importlib.util import find_spec
@@ -31,7 +31,6 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list, gather_object
-from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save_file
 from scipy.stats import binomtest
@@ -40,8 +39,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from .core import (CannotWrite, Metrics, PRESETS, Progress, Settings, SettingsError, check, digest, environment, generator, in_test, injected, one_of,
-                           mix, read_json, run_dir, say, whole, write_json, writing)
+from .core import (CannotWrite, Metrics, PRESETS, Progress, Settings, SettingsError, alone, check, digest, environment, generator, in_test, injected, one_of,
+                           mix, read_json, run_dir, say, whole, write_json)
 from .data import Bad, BadData, Shards, Steps, expand, loader
 from .objectives import (BYTE_TOKENS, CLIP_VOCAB, Contrastive, DINO, DINOHead, Hybrid, MEAN, OWN, STD, PretrainedText, TextTower, cosine, make_encoder, patch_of, text_config, text_heads)
 from .readouts import accuracy, grid, knn, linear_probe
@@ -725,16 +724,10 @@ def complete(folder:Path, run:Pretrain)->dict|None:
 
 @contextmanager
 def only_one(folder:Path, acc:Accelerator):
-    "Keeps other runs out of the folder; refuses if one is there"
-    lock = FileLock(folder/'.lock', timeout=10)  # loader processes of a run that was killed hold it for some seconds
-    def enter():
-        try:
-            with writing(lock.lock_file): lock.acquire()
-        except Timeout: check(False, f'another process is running {folder.name}; wait for it, or give this run another name')
-        for left in (*folder.glob('.*.tmp'), *folder.glob('.tmp*')): left.unlink()  # ours and safetensors', of a process that was killed while it wrote
-    on_main(acc, enter)
-    try: yield
-    finally: lock.release()
+    "`alone`, for a run of several processes"
+    with ExitStack() as held:
+        on_main(acc, lambda: held.enter_context(alone(folder)))
+        yield
 
 def train(run:Pretrain, folder:Path)->dict:
     "Begin or continue a run, as one of its processes"

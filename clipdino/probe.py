@@ -6,9 +6,9 @@
 __all__ = ['SIZES', 'FEATURES', 'TASKS', 'WITHIN', 'POOLED', 'PARTS', 'PHRASES', 'SHOTS', 'HOW', 'ProbeRun', 'slug', 'settings',
            'device_of', 'functions', 'pooled', 'joint', 'patch_tokens', 'fill', 'features', 'Pictures', 'even', 'Task',
            'world_tasks', 'set_task', 'WorldMaps', 'OnlyPictures', 'dense', 'constant_iou', 'name_classes',
-           'probe_task', 'pool', 'specs', 'probe_all', 'save_arrays', 'probe', 'compare', 'main_tasks', 'picture',
-           'show_tasks', 'show_grid', 'show_maps', 'show_differences', 'collect', 'objective_of', 'over_seeds',
-           'show_objectives']
+           'probe_task', 'pool', 'specs', 'probe_all', 'save_arrays', 'probe', 'probe_in', 'compare', 'main_tasks',
+           'picture', 'show_tasks', 'show_grid', 'show_maps', 'show_differences', 'collect', 'objective_of',
+           'over_seeds', 'show_objectives']
 
 # %% ../nbs/03_probe.ipynb #67db0db3
 import re, shutil, time
@@ -24,7 +24,7 @@ import seaborn as sns
 import torch
 from filelock import FileLock
 
-from .core import Progress, Settings, cache_dir, check, digest, environment, in_test, injected, read_json, root, run_dir, say, theme, whole, write_json, writing
+from .core import Progress, Settings, alone, cache_dir, check, digest, environment, in_test, injected, read_json, root, run_dir, say, theme, whole, write_json, writing
 from .encoders import Encoder, load_encoder
 from .pretrain import LOOKS, check_settings, tensors_digest
 from .readouts import READOUTS, authors_probe, check_features, choose, few_shot, fit_maps, fit_probes, grid, interval, knn, map_classes, mean_iou, overlaps, paired, report, try_settings
@@ -303,7 +303,10 @@ def probe(run:ProbeRun)->dict:
     check(specs(run), 'data names no set')
     for spec in specs(run):
         if spec != 'world' and not spec.startswith('maps:'): split_spec(spec)
-    encoder, folder = load_encoder(run.encoder, device_of(run.device)), run_dir(run.folder_name)
+    encoder = load_encoder(run.encoder, device_of(run.device))
+    with alone(run_dir(run.folder_name)) as folder: return probe_in(folder, encoder, run)
+
+def probe_in(folder:Path, encoder:Encoder, run:ProbeRun)->dict:
     other = folder.parent/run.against
     check(not run.against or (other/'result.json').exists(), f'{run.against} is no finished probing run to compare with')
     if not (folder/'result.json').exists(): (folder/'settings.json').unlink(missing_ok=True)  # an attempt that did not end binds nobody

@@ -7,9 +7,9 @@ __all__ = ['HOW', 'SIZES', 'AGGREGATIONS', 'PROTOCOLS', 'SUBSETS', 'DRAWS', 'LAB
            'questions_of', 'VLM', 'load_vlm', 'origin', 'untrained_vlm', 'Squares', 'chat', 'token_ids', 'letter_ids',
            'order_of', 'inputs', 'ask', 'answers', 'batched', 'parse', 'drawn', 'calibrate', 'judge', 'successes',
            'protocols_of', 'levels', 'seed_weights', 'aggregate', 'letters_of', 'score', 'compare', 'predictions',
-           'compare_runs', 'write_lines', 'answer_all', 'evaluate', 'short', 'ordered', 'dots', 'by_group', 'show_sets',
-           'show_differences', 'show_letters', 'disagreements', 'gallery', 'collect', 'right', 'of_objective',
-           'by_objective', 'gap', 'named', 'show_table', 'show_objectives', 'show_gap']
+           'compare_runs', 'write_lines', 'answer_all', 'evaluate', 'evaluate_in', 'short', 'ordered', 'dots',
+           'by_group', 'show_sets', 'show_differences', 'show_letters', 'disagreements', 'gallery', 'collect', 'right',
+           'of_objective', 'by_objective', 'gap', 'named', 'show_table', 'show_objectives', 'show_gap']
 
 # %% ../nbs/06_vmcbench.ipynb #012035dc
 import json, math, textwrap
@@ -28,7 +28,7 @@ from scipy.stats import norm, t as t_distribution
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from .core import Metrics, Progress, Settings, SettingsError, check, digest, environment, in_test, injected, np_rng, one_of, read_json, root, run_dir, say, sync, theme, uniform, whole, write_json, writing
+from .core import Metrics, Progress, Settings, SettingsError, alone, check, digest, environment, in_test, injected, np_rng, one_of, read_json, root, run_dir, say, sync, theme, uniform, whole, write_json, writing
 from .encoders import folder_of, load_encoder
 from .lm import make_tokenizer
 from .pretrain import LOOKS, check_settings, tensors_digest
@@ -339,7 +339,9 @@ def answer_all(vlm:VLM, questions:Questions, run:Score, path:Path)->list:
 
 def evaluate(run:Score, questions:Questions=None)->dict: # None: those that the run names
     "Score a model, or look up a run that is complete; its result"
-    folder = run_dir(run.folder_name)
+    with alone(run_dir(run.folder_name)) as folder: return evaluate_in(folder, run, questions)
+
+def evaluate_in(folder:Path, run:Score, questions:Questions|None)->dict:
     other, path = folder.parent/run.against, folder/'predictions.jsonl'
     check(not run.against or (other/'result.json').exists(), f'{run.against} is no finished scoring run to compare with')
     questions = questions_of(run) if questions is None else questions

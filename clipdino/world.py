@@ -206,7 +206,7 @@ def background(s:Scene, size:int)->Image.Image:
 
 def tones(s:Scene, colour:int|None=None)->tuple:
     "The two tones of the foreground: a hue at two lumas on the same side of the ground's"
-    hue, (l, lo, hi) = HUES[COLOURS[s.colour if colour is None else colour]], lumas(s)
+    hue, l = HUES[COLOURS[s.colour if colour is None else colour]], lumas(s)[0]
     return shade(hue, l), shade(hue + .03, l - .2 if l > .5 else l + .16, .8)
 
 # %% ../nbs/00_world.ipynb #358dff41

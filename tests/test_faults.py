@@ -7,6 +7,7 @@ import torch
 from filelock import FileLock
 from helpers import shard, start
 
+import clipdino.analysis as analysis, clipdino.core as core, clipdino.probe as probe, clipdino.vmcbench as vmcbench
 from clipdino.core import CannotWrite, Metrics, SettingsError, whole
 from clipdino.data import BadData
 from clipdino.pretrain import Trainer, fit, pretrain, settings, train
@@ -89,6 +90,14 @@ def test_a_folder_that_is_read_only(top):
 def test_a_second_process_is_refused(top):
     (top/'runs/x').mkdir(parents=True)
     with FileLock(top/'runs/x/.lock'), pytest.raises(SettingsError, match='another process is running x'): pretrain(smoke())
+
+@pytest.mark.parametrize('start', (lambda: probe.probe(probe.settings('smoke', encoder='random:clipdino_vit_smoke', name='x')), lambda: analysis.analyse(analysis.settings('smoke', encoders='random:clipdino_vit_smoke,random:vit_tiny_patch16_224', name='x')),
+                                   lambda: vmcbench.evaluate(vmcbench.settings('smoke', vlm='untrained', name='x'))))
+def test_a_second_process_that_measures_is_refused(top, start, monkeypatch):
+    monkeypatch.setattr(core, 'FileLock', lambda path, timeout: FileLock(path, timeout=.1))
+    (top/'runs/x').mkdir(parents=True)
+    with FileLock(top/'runs/x/.lock'), pytest.raises(SettingsError, match='another process is running x; wait for it'): start()
+    assert [p.name for p in (top/'runs/x').iterdir()] == ['.lock']
 
 def test_a_run_that_another_process_ended_meanwhile_is_not_repeated(top):
     "It waited for the folder's lock, and finds the result when it gets it"
