@@ -486,7 +486,7 @@ def test_a_second_process_is_refused(top, monkeypatch):
     ready = context.Event()
     p = start(hold, top/'runs/held', ready)
     ready.wait()
-    monkeypatch.setattr('clipdino.pretrain.FileLock', lambda path, timeout: FileLock(path, timeout=.1))
+    monkeypatch.setattr('clipdino.core.FileLock', lambda path, timeout: FileLock(path, timeout=.1))
     with pytest.raises(SettingsError, match='another process is running held; wait for it, or give this run another name'): train_vlm(smoke('held'))
     p.kill(), p.join()
 
