@@ -380,19 +380,20 @@ def sensitivity(r:Results)->pd.DataFrame: # columns: claims
 # %% ../nbs/07_study.ipynb #8de7418c
 VERDICTS = {'replicated': 'C0', 'reversed': 'C3', 'inconclusive': '.55', 'untrained is as good': '.8'}
 
-def show_claims(t:pd.DataFrame): # of `judge`
-    "Effects with their intervals, by unit; the colour is the verdict"
-    if (t := t[t.p.notna()]).empty: return say('no claim can be judged yet')
-    units = list(dict.fromkeys(t.unit))
-    fig, axes = plt.subplots(len(units), figsize=(7.5, .42*len(t) + .75*len(units)), height_ratios=[(t.unit == u).sum() + .6 for u in units], squeeze=False, layout='constrained')
-    for ax, u in zip(axes[:, 0], units):
-        rows = t[t.unit == u].reset_index()
-        for i, c in rows.iterrows(): ax.errorbar(c.effect, i, xerr=[[c.effect - c.low], [c.high - c.effect]], fmt='o', ms=5, lw=1.5, color=VERDICTS[c.verdict])
+def show_claims(tables:dict): # of `judgements`
+    "Effects with their intervals, by unit; the colour is the verdict, the marker the way"
+    t = pd.concat([t[t.p.notna()].assign(way=k) for k, t in enumerate(tables.values())])
+    if t.empty: return say('no claim can be judged yet')
+    rows = {u: [i for i in CLAIMS if i in set(t.claim[t.unit == u])] for u in dict.fromkeys(t.unit)}
+    fig, axes = plt.subplots(len(rows), figsize=(7.5, .5*sum(map(len, rows.values())) + .75*len(rows)), height_ratios=[len(r) + .6 for r in rows.values()], squeeze=False, layout='constrained')
+    for ax, (u, ids) in zip(axes[:, 0], rows.items()):
+        for c in t[t.unit == u].itertuples(): ax.errorbar(c.effect, ids.index(c.claim) + .24*(c.way - (len(tables) - 1)/2), xerr=[[c.effect - c.low], [c.high - c.effect]], fmt='os^'[c.way], ms=5, lw=1.5, color=VERDICTS[c.verdict])
         ax.axvline(0, color='grey', lw=1)
         if u == 'points': ax.axvspan(-MARGIN, MARGIN, color='.93', zorder=0)
-        ax.set(yticks=range(len(rows)), yticklabels=[f'{c.says}  ({c.claim})' for c in rows.itertuples()], ylim=(len(rows) - .4, -.6), xlabel=f'difference, {u}')
-    have = [v for v in VERDICTS if v in set(t.verdict)]
-    fig.legend([plt.Line2D([], [], marker='o', ls='', color=VERDICTS[v]) for v in have], have, loc='outside lower center', ncols=len(have))
+        ax.set(yticks=range(len(ids)), yticklabels=[f'{CLAIMS[i].says}  ({i})' for i in ids], ylim=(len(ids) - .4, -.6), xlabel=f'difference, {u}')
+    def marks(labels, **looks): return [(plt.Line2D([], [], ls='', **{k: f(v) for k, f in looks.items()}), v) for v in labels]
+    have = marks((v for v in VERDICTS if v in set(t.verdict)), color=VERDICTS.get, marker=lambda v: 'o') + marks((w for k, w in enumerate(tables) if k in set(t.way)), color=lambda w: 'k', marker=lambda w: 'os^'[list(tables).index(w)])
+    fig.legend(*zip(*have), loc='outside lower center', ncols=4)
 
 # %% ../nbs/07_study.ipynb #605b6e03
 UNITS = dict(points='points', distances='', cosine='')

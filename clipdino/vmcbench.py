@@ -506,9 +506,10 @@ def show_objectives(found:dict, questions:str, aggregation:str='sets', protocol:
     for label, (_, way, _) in zip(ax.get_yticklabels(), rows): label.set_fontweight('normal' if way == 'data_sets' else 'bold')
     ax.legend(loc='center left', bbox_to_anchor=(1, .5))
 
-def show_gap(difference:dict, questions:str, title:str, aggregation:str='sets'): # of `gap`
-    "Differences on each data set and group"
-    fig, ax = plt.subplots(figsize=(6, .2*len(difference['data_sets']) + 2.4))
-    by_group(difference, ax, aggregation, questions)
-    ax.axvline(0, color='grey', lw=1)
-    ax.set(xlabel=f'{title}, points')
+def show_gap(differences:dict, questions:str, label:str, aggregation:str='sets'): # title -> of `gap`
+    "Differences on each data set and group, in a panel for each title"
+    fig, axes = plt.subplots(1, len(differences), figsize=(3.4 + 2.6*len(differences), .2*len(next(iter(differences.values()))['data_sets']) + 2.4), sharex=True, sharey=True, squeeze=False, layout='constrained')
+    for ax, (title, d) in zip(axes[0], differences.items()):
+        by_group(d, ax, aggregation, questions)
+        ax.axvline(0, color='grey', lw=1)
+        ax.set(title=title, xlabel=f'{label}, points')
