@@ -115,7 +115,7 @@ def test_features_need_little_memory(tmp_path):
 import numpy as np, re, torch
 import clipdino.probe as probe
 class Encoder:
-    name, size, mean, std, fingerprint = 'e', 8, (0,), (1,), 'e'
+    name, size, mean, std, fingerprint, model = 'e', 8, (0,), (1,), 'e', torch.nn.Identity()
     def prepare(self, x): return torch.from_numpy(x).float()
     def tokens(self, x, layers): return [(x.flatten(1).repeat(1, 5)[:, :500], x.flatten(1).repeat(1, 5)[:, None, :500])]
 class Set:
