@@ -97,8 +97,9 @@ def pairs_of(folders)->pd.DataFrame: # finished analyses
 def patches_of(folders)->pd.DataFrame: # finished pre-trainings
     "Colours of patch tokens in some of the world's test pictures, row by row: each pre-trained encoder's, and the first one's before training"
     images = np.stack([render(scene(0, 'test', i, 'mixed'), 96) for i in range(PICTURES)])
-    encoders = {('random:' if untrained else '') + d.name: load_encoder('random:'*untrained + str(d)) for d in folders for untrained in ((False, True) if d == folders[0] else (False,))}
-    return pd.DataFrame([dict(run=e.removeprefix('random:'), encoder=e, i=i, width=c.shape[1], colours=np.uint8(255*c + .5).tobytes().hex()) for e, m in encoders.items() for i, c in enumerate(analysis.patch_colours(m, images))])
+    encoders = [(d.name, '', d) for d in folders] + [(d.name, 'random:', d) for d in folders[:1]]
+    return pd.DataFrame([dict(run=run, encoder=kind + run, i=i, width=c.shape[1], colours=np.uint8(255*c + .5).tobytes().hex())
+                         for run, kind, d in encoders for i, c in enumerate(analysis.patch_colours(load_encoder(f'{kind}{d}'), images))])
 
 def read_table(path:Path)->pd.DataFrame: return pd.read_csv(path, dtype=dict(variant=str, colours=str), keep_default_na=False, na_values=dict.fromkeys(('value', 'low', 'high'), '')) if path.exists() else pd.DataFrame()
 
@@ -223,9 +224,9 @@ def matched(r:Results, matching:str, a:str, b:str)->dict: # objectives -> {objec
     return {'clip': like(r, 'clip', 'dino')} if matching == 'accuracy' and 'clip' in (a, b) else {}
 
 def aligned(r:Results, a:str, b:str)->dict: # as `matched`
-    "The variants whose VLMs' connector was trained longest on captions"
-    found = [int(m[1]) for v in set(r.answers.variant) if (m := re.fullmatch(r'stage1_samples=(\d+)', v))]
-    check(found, 'there are no VLMs whose connector was trained for longer or shorter on captions')
+    "The variants whose VLMs' connector was trained longest on captions, and longer than the preset has it"
+    found = [n for v in set(r.answers.variant) if (m := re.fullmatch(r'stage1_samples=(\d+)', v)) and (n := int(m[1])) > vlm.settings(r.preset).stage1_samples]
+    check(found, 'there are no VLMs whose connector was trained longer on captions: the study align has them')
     return dict.fromkeys((a, b), f'stage1_samples={max(found)}')
 
 def of_main(t:pd.DataFrame, variants:dict={}, **where)->pd.DataFrame: # {objective: variant}

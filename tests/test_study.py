@@ -11,7 +11,7 @@ from clipdino.analysis import patch_colours
 from clipdino.core import SettingsError
 from clipdino.encoders import load_encoder
 from clipdino.questions import GROUPS, LETTERS, VISION
-from clipdino.study import CLAIMS, RESULTS, Effect, Results, abstract, along, collect, effect, judge, judgements, kinds_of_tasks, like, matched, measured, outcome, read_table, sensitivity, told, verdicts
+from clipdino.study import CLAIMS, RESULTS, Effect, Results, abstract, aligned, along, collect, effect, judge, judgements, kinds_of_tasks, like, matched, measured, outcome, read_table, sensitivity, told, verdicts
 from clipdino.world import render, scene
 from clipdino.worldvqa import WorldVQA
 
@@ -136,6 +136,7 @@ def test_a_connector_trained_for_longer(tmp_path):
     more = [(o, v) for v in (long, 'stage1_samples=32768') for o in ('clip', 'dino', 'untrained')]
     r = Results('mini', write(tmp_path, answers=dict(clip=blind, dino=blind) | {('clip', long): lambda c: .8 if c in GROUPS['OCR'] else .3, ('dino', long): blind, ('untrained', long): blind}, more=more))
     t = judgements(r)
+    with pytest.raises(SettingsError, match='no VLMs whose connector was trained longer'): aligned(Results('mini', write(tmp_path, more=[('clip', 'stage1_samples=4096')])), 'clip', 'dino')
     assert list(t['longer alignment'].claim) == ['5', '6', '6v'] and [dict(zip(x.claim, x.verdict))['5'] for x in (t['equal samples'], t['longer alignment'])] == ['untrained is as good', 'replicated']
     assert t['longer alignment'].effect[0] == pytest.approx(50, abs=8) and along(r, 'stage1_samples').value.tolist()[::3] == ['16384', '131072', '32768']
 
