@@ -224,10 +224,10 @@ def matched(r:Results, matching:str, a:str, b:str)->dict: # objectives -> {objec
     return {'clip': like(r, 'clip', 'dino')} if matching == 'accuracy' and 'clip' in (a, b) else {}
 
 def aligned(r:Results, a:str, b:str)->dict: # as `matched`
-    "The variants whose VLMs' connector was trained longest on captions, and longer than the preset has it"
-    found = [n for v in set(r.answers.variant) if (m := re.fullmatch(r'stage1_samples=(\d+)', v)) and (n := int(m[1])) > vlm.settings(r.preset).stage1_samples]
-    check(found, 'there are no VLMs whose connector was trained longer on captions: the study align has them')
-    return dict.fromkeys((a, b), f'stage1_samples={max(found)}')
+    "The variants whose VLMs' connector was trained on fewest captions, and on fewer than the preset has"
+    found = [n for v in set(r.answers.variant) if (m := re.fullmatch(r'stage1_samples=(\d+)', v)) and (n := int(m[1])) < vlm.settings(r.preset).stage1_samples]
+    check(found, 'there are no VLMs whose connector was trained on fewer captions: the study align has them')
+    return dict.fromkeys((a, b), f'stage1_samples={min(found)}')
 
 def of_main(t:pd.DataFrame, variants:dict={}, **where)->pd.DataFrame: # {objective: variant}
     "Rows of runs as the preset has them, or of an objective's variant"
@@ -240,9 +240,9 @@ def probed(r:Results, task:str, a:str, b:str, how:str='linear', matching:str='sa
     if seeds is not None: t = t[t.seed.isin(seeds)]
     return effect(*by_seed(t.assign(**{k: 100*t[k] for k in ('value', 'low', 'high')}), a, b, f'{how} probe of {task}'))
 
-def answered(r:Results, members, a:str, b:str, protocol:str='calibrated', aggregation:str='twenty', matching:str='samples', longer:bool=False, variants:dict={}, seeds=None)->Effect: # data sets; of `matched`; None for all seeds
+def answered(r:Results, members, a:str, b:str, protocol:str='calibrated', aggregation:str='twenty', matching:str='samples', shorter:bool=False, variants:dict={}, seeds=None)->Effect: # data sets; of `matched`; None for all seeds
     "Difference of two objectives' VLMs on some of the twenty tasks"
-    variants = variants or (aligned(r, a, b) if longer else matched(r, matching, a, b))
+    variants = variants or (aligned(r, a, b) if shorter else matched(r, matching, a, b))
     runs = of_main(r.answers, variants, blind=False)
     ours, theirs = (t[t.seed.isin(t.seed if seeds is None else seeds)].sort_values('seed') for t in (runs[runs.objective == o] for o in (a, b)))
     check(len(ours) and list(ours.seed) == list(theirs.seed), f'answers{" with " + ", ".join(dict.fromkeys(filter(None, variants.values()))) if any(variants.values()) else ""}: {a} has the seeds {list(ours.seed)} and {b} has {list(theirs.seed)}')
@@ -304,19 +304,19 @@ def symbols(r, a='clip', b='dino', matching='samples')->Effect:
     return effect(*by_seed(of_main(r.analysis, matched(r, matching, a, b), what='similarity', row='symbol'), a, b, 'similarity of symbols'), 'cosine')
 
 @claim('5', 'CLIP is better at questions about text', '47.5 and 40.0 %', 1, ('clip',))
-def text_questions(r, a='clip', b='dino', protocol='calibrated', aggregation='twenty', matching='samples', longer=False)->Effect:
+def text_questions(r, a='clip', b='dino', protocol='calibrated', aggregation='twenty', matching='samples', shorter=False)->Effect:
     "OCR group (the paper, section 4)"
-    return answered(r, GROUPS['OCR'], a, b, protocol, aggregation, matching, longer)
+    return answered(r, GROUPS['OCR'], a, b, protocol, aggregation, matching, shorter)
 
 @claim('6', 'On other questions they are equal', 'no number given', 0, ('clip', 'dino'))
-def other_questions(r, a='clip', b='dino', protocol='calibrated', aggregation='twenty', matching='samples', longer=False)->Effect:
+def other_questions(r, a='clip', b='dino', protocol='calibrated', aggregation='twenty', matching='samples', shorter=False)->Effect:
     "All groups but OCR (the paper, section 4)"
-    return answered(r, [c for c in CATEGORIES if c not in GROUPS['OCR']], a, b, protocol, aggregation, matching, longer)
+    return answered(r, [c for c in CATEGORIES if c not in GROUPS['OCR']], a, b, protocol, aggregation, matching, shorter)
 
 @claim('6v', 'DINO is better at vision-centric questions', 'no number given', -1, ('dino',))
-def vision_questions(r, a='clip', b='dino', protocol='calibrated', aggregation='twenty', matching='samples', longer=False)->Effect:
+def vision_questions(r, a='clip', b='dino', protocol='calibrated', aggregation='twenty', matching='samples', shorter=False)->Effect:
     "The vision-centric tasks (the paper, abstract)"
-    return answered(r, VISION, a, b, protocol, aggregation, matching, longer)
+    return answered(r, VISION, a, b, protocol, aggregation, matching, shorter)
 
 @claim('7s', 'A sigmoid loss gains little', '41.4 to 40.8 or 40.5 %', 0, ('siglip', 'clip'))
 def sigmoid(r, a='siglip', b='clip', protocol='calibrated', aggregation='twenty')->Effect:
@@ -365,8 +365,8 @@ def judge(r:Results, **how)->pd.DataFrame: # arguments of the claims; those clai
     return t
 
 # %% ../nbs/07_study.ipynb #2aa0bb85
-WAYS = {'equal samples': {}, 'equal accuracy': dict(matching='accuracy'), 'longer alignment': dict(longer=True)}  # how everything is reported
-OTHERWISE = WAYS | {'class token alone': dict(how='linear_cls'), '20 nearest neighbours': dict(how='knn'), 'equal compute': dict(compute=True), 'generated answers': dict(protocol='generate'),
+WAYS = {'equal samples': {}, 'equal accuracy': dict(matching='accuracy')}  # how everything is reported
+OTHERWISE = WAYS | {'shorter alignment': dict(shorter=True), 'class token alone': dict(how='linear_cls'), '20 nearest neighbours': dict(how='knn'), 'equal compute': dict(compute=True), 'generated answers': dict(protocol='generate'),
                     'unparsed is wrong': dict(protocol='strict'), 'likeliest letter': dict(protocol='likelihood'), 'mean over questions': dict(aggregation='questions')}
 
 def judgements(r:Results)->dict: # one of `WAYS`: of `judge`

@@ -73,7 +73,7 @@ class VLMRun(Settings):
     image_tokens: int = 0  # of pool and resampler: tokens they make of a picture, a square number; 0 for a quarter of the patches
     lora: int = 0  # rank of adapters that are trained instead of the language model; 0 for none
     # stage 1 trains the connector, stage 2 connector and language model
-    stage1_samples: int = 16384  # 0: every row once
+    stage1_samples: int = 131_072  # 0: every row once
     stage1_batch: int = 64
     stage1_lr: float = 2e-3
     stage2_samples: int = 131_072

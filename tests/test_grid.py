@@ -98,7 +98,7 @@ def test_the_other_studies():
     n = g.vlm_settings('mini').stage2_samples
     assert {r.stage2_samples for r in v} == {n, 2*n, 4*n}
     align = [j.run for j in of('align', seeds=1).values() if j.kind == 'vlm']
-    assert [r.encoder for r in align] == ['clip-mini-s0', 'dino-mini-s0', 'random:clip-mini-s0'] and {r.stage1_samples for r in align} == {8*g.vlm_settings('mini').stage1_samples}
+    assert [r.encoder for r in align] == ['clip-mini-s0', 'dino-mini-s0', 'random:clip-mini-s0'] and {r.stage1_samples for r in align} == {g.vlm_settings('mini').stage1_samples//8}
     assert set(llm) == {'clip-mini-s0', 'dino-mini-s0', 'lm-mini-wide', *(f'{s}vlm-{o}-mini-s0-world-wide' for o in ('clip', 'dino') for s in ('', 'score-'))}
     assert llm['lm-mini-wide'].run.width == 2*g.lm_settings('mini').width
     assert [j.run.objective for j in hybrid.values() if j.kind == 'pretrain'] == ['hybrid', 'clip', 'dino'] and [j.name for j in hybrid.values() if j.kind == 'vlm'] == ['vlm-hybrid-mini-s0']
