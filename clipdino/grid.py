@@ -93,10 +93,10 @@ STUDIES = dict(
     main=Study(untrained=True, blind=('clip', 'dino')),
     early=Study(('clip',), pretrain=(dict(samples=times(1/8), warmup=.8),), beside=('dino',)),
     hybrid=Study(('hybrid',), beside=('clip', 'dino')),
-    scale=Study(('clip', 'dino'), pretrain=tuple(dict(images=times(k)) for k in (1/64, 1/16, 1/4, 4)), kinds=('pretrain', 'probe', 'vlm', 'score')),
+    scale=Study(('clip', 'dino'), pretrain=tuple(dict(images=times(k)) for k in (1/16, 1/4, 4)), kinds=('pretrain', 'probe', 'vlm', 'score')),
     captions=Study(('clip',), pretrain=tuple(dict(captions=c) for c in POLICIES if c != 'web'), beside=('clip', 'dino')),
     align=Study(('clip', 'dino'), vlm=(dict(stage1_samples=times(1/8)),), kinds=('vlm', 'score'), untrained=True),
-    connector=Study(('clip', 'dino'), vlm=(*(dict(connector=c) for c in CONNECTORS if c != 'mlp'), *(dict(stage2_samples=times(k)) for k in (2, 4))), kinds=('vlm', 'score')),
+    connector=Study(('clip', 'dino'), vlm=(*(dict(connector=c) for c in CONNECTORS if c != 'mlp'), dict(stage2_samples=times(4))), kinds=('vlm', 'score')),
     llm=Study(('clip', 'dino'), vlm=(dict(llm='world:wide'),), kinds=('vlm', 'score')))
 
 # %% ../nbs/07_grid.ipynb #6b1a2baa
