@@ -9,7 +9,7 @@ __all__ = ['RUNS', 'KINDS', 'BEGUN', 'STUDIES', 'MEMORY', 'Kind', 'Job', 'times'
            'Going', 'Engine', 'sbatch', 'script', 'told', 'queued', 'submit', 'run_grid', 'main']
 
 # %% ../nbs/07_grid.ipynb #ec9a2f52
-import ast, fcntl, heapq, json, os, re, shlex, signal, subprocess, sys, time
+import ast, fcntl, heapq, json, math, os, re, shlex, signal, subprocess, sys, time
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -248,22 +248,24 @@ def measured()->pd.DataFrame:
     parts = [collect(), *([pd.read_csv(table, keep_default_na=False)] if table.exists() else [])]
     return pd.concat([p for p in parts if len(p)] or parts, ignore_index=True)
 
-def speeds(threads:int=1, known:pd.DataFrame|None=None)->dict: # of `measured` -> (kind, preset, what) -> seconds for one unit, and the device that they are of
+def speeds(threads:int=1, known:pd.DataFrame|None=None)->dict: # of `measured` -> (kind, preset, what) -> of runs: their amount, seconds for one unit, and the device that they are of
     "From this device where it is known, best with as many threads"
     known, out = measured() if known is None else known, {}
     for key, t in known.groupby(['kind', 'preset', 'what']):
         fit = 2*(t.device == device()) + (t.threads == threads)
         t = t[fit == fit.max()]
         t = t[t.device == t.device.iloc[0]]
-        out[key] = float((t.seconds*t.runs).sum()/(t.amount*t.runs).sum()), t.device.iloc[0]
+        out[key] = [(r.amount, r.seconds/r.amount, r.device) for r in t.itertuples()]
     return out
 
 def expected(jobs:list, speeds:dict)->dict: # name -> seconds, and the device that they are of
-    "What runs take at the speed of others of their kind, objective and preset; those of which nothing is known are left out"
+    "What runs take at the speed of others of their kind, objective and preset, of those nearest in length; those of which nothing is known are left out"
     out = {}
     for j in jobs:
-        rate, amount = speeds.get((j.kind, j.parameters['preset'], what(j))), RUNS[j.kind].amount(j.run)
-        if rate and amount: out[j.name] = rate[0]*amount, rate[1]
+        known, amount = speeds.get((j.kind, j.parameters['preset'], what(j))), RUNS[j.kind].amount(j.run)
+        if not known or not amount: continue
+        _, each, device = min(known, key=lambda r: abs(math.log(r[0]/amount)))
+        out[j.name] = each*amount, device
     return out
 
 def wall(jobs:list, seconds:dict, workers:int, spent:dict={})->float: # name -> seconds; of running ones, how long they have run

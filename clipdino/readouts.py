@@ -284,9 +284,11 @@ def few_shot(x, y, x_test, y_test, classes:int, shots:int, draws:int=10, seed:in
     return out
 
 # %% ../nbs/01_readouts.ipynb #73beaa92
-def interval(values, level:float=.95, draws:int=4000, seed:int=0)->list: # (n,) of any numbers -> [low, high]
-    "Percentile bootstrap interval of the mean"
-    v, counts = np.unique(np.asarray(values, dtype=np.float64), return_counts=True)
+def interval(values, level:float=.95, draws:int=4000, seed:int=0)->list: # (n,) of any numbers, or of yes and no -> [low, high]
+    "Interval of the mean: Wilson's of yes and no, which has a width even where all are right; of other numbers the percentile bootstrap's"
+    values = np.asarray(values)
+    if values.dtype == bool: return [float(x) for x in binomtest(int(values.sum()), len(values)).proportion_ci(level, method='wilson')]
+    v, counts = np.unique(values.astype(np.float64), return_counts=True)
     g, n = np.random.default_rng(seed), counts.sum()
     block = max(1, (1 << 23)//len(v))
     means = np.concatenate([g.multinomial(n, counts/n, min(block, draws - d)) @ v/n for d in range(0, draws, block)])

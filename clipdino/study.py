@@ -453,7 +453,7 @@ def refresh(preset:str='mini'):
     with whole(path) as tmp: Path(tmp).write_text(f'{before}{MARKS[0]}\n{for_readme(Results(preset))}\n{MARKS[1]}{rest.split(MARKS[1])[1]}')
 
 if __name__ == '__main__' and '__file__' in globals():  # as a program; in a notebook there is no file
-    try: refresh(*sys.argv[1:2])
+    try: check(len(sys.argv) < 3, f'{" ".join(sys.argv[2:])}: after the preset nothing can be given'), refresh(*sys.argv[1:])
     except SettingsError as e: sys.exit(str(e))
 
 # %% ../nbs/07_study.ipynb #c7bc0bb6

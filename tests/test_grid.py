@@ -179,14 +179,14 @@ def row(seconds, before='new', what='clip', amount=128, threads=1, device='here'
 
 def test_speeds_are_of_this_device_where_it_is_known(monkeypatch):
     monkeypatch.setattr(g, 'device', lambda: 'here')
-    rows = [row(10.), row(30.), row(14.), row(1., before='started'), row(2., event='failed'), row(99., threads=2), row(5., device='there'), row(64., what='dino', device='there', threads=16)]
+    rows = [row(10.), row(30.), row(14.), row(1., before='started'), row(2., event='failed'), row(99., threads=2), row(98., amount=1024), row(5., device='there'), row(64., what='dino', device='there', threads=16)]
     t = collect(rows)
-    assert t.seconds.tolist() == [14., 99., 5., 64.] and t.runs.tolist() == [3, 1, 1, 1]
+    assert t.seconds.tolist() == [14., 99., 98., 5., 64.] and t.runs.tolist() == [3, 1, 1, 1, 1]
     known = speeds(1, t)
-    assert known == {('pretrain', 'smoke', 'clip'): (14/128, 'here'), ('pretrain', 'smoke', 'dino'): (.5, 'there')}
+    assert known == {('pretrain', 'smoke', 'clip'): [(128, 14/128, 'here'), (1024, 98/1024, 'here')], ('pretrain', 'smoke', 'dino'): [(128, .5, 'there')]}
     made = jobs(settings('smoke', seeds=1, kinds='pretrain', given='pretrain.samples=256'))
     takes = expected(made, known)
-    assert takes == {'clip-smoke-s0': (28., 'here'), 'dino-smoke-s0': (128., 'there')}
+    assert takes == {'clip-smoke-s0': (28., 'here'), 'dino-smoke-s0': (128., 'there')}, '256 is nearer to 128 than to 1024'
     c = cost(made, dict.fromkeys([j.name for j in made], 'new') | {'clip-smoke-s0': 'complete'}, takes).loc['pretrain']
     assert (c.complete, c.to_do, c.amount, c.unknown, c.measured_on) == (1, 3, 768, 2, 'there') and c.hours == round(128/3600, 2)
 
