@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['READOUTS', 'NORMS', 'BLOCK', 'AUTHORS', 'IGNORED', 'Setting', 'grid', 'check_features', 'tensor', 'flat', 'Blocks',
            'logistic', 'direction', 'minimise', 'fit', 'Linear', 'fit_probes', 'held_out', 'try_settings', 'choose',
-           'linear_probe', 'accuracy', 'adamw', 'authors_probe', 'knn', 'few_shot', 'interval', 'report', 'paired',
-           'map_scores', 'fit_maps', 'map_classes', 'overlaps', 'mean_iou']
+           'linear_probe', 'accuracy', 'adamw', 'authors_probe', 'knn', 'few_shot', 'interval', 'joined', 'report',
+           'paired', 'map_scores', 'fit_maps', 'map_classes', 'overlaps', 'mean_iou']
 
 # %% ../nbs/01_readouts.ipynb #16dff00c
 import math
@@ -293,6 +293,13 @@ def interval(values, level:float=.95, draws:int=4000, seed:int=0)->list: # (n,) 
     block = max(1, (1 << 23)//len(v))
     means = np.concatenate([g.multinomial(n, counts/n, min(block, draws - d)) @ v/n for d in range(0, draws, block)])
     return np.quantile(means, [(1 - level)/2, (1 + level)/2]).tolist()
+
+def joined(each, within:float)->tuple: # (s,) values of the seeds; standard error that all share -> mean, standard error, degrees of freedom
+    "The mean over seeds, as sure as their differences and what they share leave it (Satterthwaite, 1946)"
+    each = np.asarray(each, np.float64)
+    between = each.var(ddof=1)/len(each) if len(each) > 1 else math.nan
+    var = between + within**2
+    return each.mean(), math.sqrt(var), (len(each) - 1)*(var/between)**2 if between else math.inf
 
 def report(scores:torch.Tensor, y, names:tuple, worst:int=5)->dict: # (n, K), (n,)
     "Top-1 and top-5 accuracy with interval, mean accuracy of classes, and the pairs that are confused most"

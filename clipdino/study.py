@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['RESULTS', 'STAGES', 'GALLERY', 'PICTURES', 'MATCHINGS', 'CLAIMS', 'MARGIN', 'ALPHA', 'WAYS', 'OTHERWISE', 'VERDICTS',
            'UNITS', 'MARKS', 'LINES', 'LINE_COLOURS', 'VARIED', 'READ', 'kind_of', 'presets_own', 'identity',
-           'finished', 'tables_dir', 'collect', 'pairs_of', 'patches_of', 'read_table', 'Results', 'Effect', 'effect',
-           'by_seed', 'curves', 'like', 'matched', 'aligned', 'of_main', 'probed', 'answered', 'at_equal_compute',
-           'Claim', 'claim', 'classification', 'fine_grained', 'factors', 'symbols', 'text_questions',
-           'other_questions', 'vision_questions', 'sigmoid', 'text_encoder', 'language_model', 'outcome', 'judge',
-           'judgements', 'sensitivity', 'show_claims', 'measured', 'ruled', 'found', 'told', 'verdicts', 'abstract',
-           'for_readme', 'refresh', 'runs_of', 'values_of', 'along', 'show_along', 'show_varied', 'kinds_of_tasks',
-           'show_kinds', 'show_pairs', 'show_patch_tokens']
+           'finished', 'tables_dir', 'collect', 'pairs_of', 'questions_of', 'patches_of', 'read_table', 'Results',
+           'Effect', 'effect', 'by_seed', 'curves', 'like', 'matched', 'aligned', 'of_main', 'probed', 'mean_of',
+           'real_or', 'answered', 'at_equal_compute', 'Claim', 'claim', 'classification', 'fine_grained', 'factors',
+           'moves', 'symbols', 'text_questions', 'other_questions', 'vision_questions', 'sigmoid', 'text_encoder',
+           'language_model', 'outcome', 'judge', 'judgements', 'sensitivity', 'show_claims', 'measured', 'ruled',
+           'found', 'told', 'verdicts', 'abstract', 'for_readme', 'refresh', 'runs_of', 'values_of', 'along',
+           'show_along', 'show_varied', 'kinds_of_tasks', 'show_kinds', 'show_pairs', 'show_patch_tokens']
 
 # %% ../nbs/07_study.ipynb #30b1e560
 import math, re, sys
@@ -32,10 +32,11 @@ import clipdino.analysis as analysis, clipdino.pretrain as pretrain, clipdino.pr
 from .core import PRESETS, SettingsError, check, digest, one_of, read_json, root, say, stamp, whole, writing
 from .encoders import load_encoder
 from .pairs import distinct
-from .questions import CATEGORIES, GROUPS, VISION
-from .vmcbench import aggregate, right, short
+from .questions import CATEGORIES, GROUPS, VISION, Questions
+from .readouts import joined
+from .sets import SETS
+from .vmcbench import aggregate, predictions, right, short
 from .world import render, scene
-from .worldvqa import WorldVQA
 
 # %% ../nbs/07_study.ipynb #171686b4
 RESULTS = 1  # version of the tables' form
@@ -77,11 +78,12 @@ def collect(preset:str, runs:Path|None=None, to:Path|None=None)->Path: # runs/, 
     who = pd.DataFrame([identity(d) for d in folders])
     tables = dict(runs=who, **{k: m.collect([d for d, kind in zip(folders, who.kind) if kind == k]) for k, m in STAGES.items() if (who.kind == k).any()})
     tables['pairs'] = pairs_of([d for d, kind in zip(folders, who.kind) if kind == 'analysis'])
-    tables['patches'] = patches_of([d for d, w in zip(folders, who.itertuples()) if w.kind == 'pretrain' and not w.seed and not w.variant])
+    tables['patches'] = patches_of([d for d, w in zip(folders, who.itertuples()) if w.kind == 'pretrain' and not w.seed and not w.variant], vlm.settings(preset).layer)
+    tables['questions'] = questions_of([d for d, kind in zip(folders, who.kind) if kind == 'vmcbench'])
     for k, t in ((k, t) for k, t in tables.items() if len(t)):
-        path = to/f'{k}_{preset}.csv'
+        path, key = to/f'{k}_{preset}.csv', 'fingerprint' if k == 'questions' else 'run'
         before = read_table(path)
-        with whole(path) as tmp: pd.concat([before[~before.run.isin(t.run)], t] if len(before) else [t]).to_csv(tmp, index=False)
+        with whole(path) as tmp: pd.concat([before[~before[key].isin(t[key])], t] if len(before) else [t]).to_csv(tmp, index=False)
     return to
 
 def pairs_of(folders)->pd.DataFrame: # finished analyses
@@ -94,20 +96,25 @@ def pairs_of(folders)->pd.DataFrame: # finished analyses
                                                      i=t.i, j=t.j, first=t.first, second=t.second) for t in distinct(pd.read_csv(d/f'pairs-{side}-ranks.csv'), GALLERY).itertuples()]
     return pd.DataFrame(rows)
 
-def patches_of(folders)->pd.DataFrame: # finished pre-trainings
+def questions_of(folders)->pd.DataFrame: # finished scorings
+    "Data set and right letter of every question that was asked"
+    asked = {(q := read_json(d/'result.json')['questions'])['fingerprint']: (q['name'], d) for d in folders}
+    return pd.DataFrame([dict(questions=name, fingerprint=f, i=r['row'], category=r['category'], answer=r['answer']) for f, (name, d) in asked.items() for r in predictions(d)])
+
+def patches_of(folders, layer:int)->pd.DataFrame: # finished pre-trainings
     "Colours of patch tokens in some of the world's test pictures, row by row: each pre-trained encoder's, and the first one's before training"
     images = np.stack([render(scene(0, 'test', i, 'mixed'), 96) for i in range(PICTURES)])
     encoders = [(d.name, '', d) for d in folders] + [(d.name, 'random:', d) for d in folders[:1]]
     return pd.DataFrame([dict(run=run, encoder=kind + run, i=i, width=c.shape[1], colours=np.uint8(255*c + .5).tobytes().hex())
-                         for run, kind, d in encoders for i, c in enumerate(analysis.patch_colours(load_encoder(f'{kind}{d}'), images))])
+                         for run, kind, d in encoders for i, c in enumerate(analysis.patch_colours(load_encoder(f'{kind}{d}'), images, layer))])
 
 def read_table(path:Path)->pd.DataFrame: return pd.read_csv(path, dtype=dict(variant=str, colours=str), keep_default_na=False, na_values=dict.fromkeys(('value', 'low', 'high'), '')) if path.exists() else pd.DataFrame()
 
 # %% ../nbs/07_study.ipynb #e3cef500
 class Results:
     "The tables of a preset, checked against each other"
-    def __init__(self, preset:str='mini', folder:Path|None=None):
-        self.preset, self.folder = preset, Path(folder or tables_dir())
+    def __init__(self, preset:str='mini', folder:Path|None=None, asked:str=''): # asked: the name of the set of questions, where runs answered several
+        self.preset, self.folder, self.asked = preset, Path(folder or tables_dir()), asked
         check(preset != 'smoke', 'results of the preset smoke are for tests and say nothing')
         self.runs = self._read('runs')
         late = self.runs[self.runs.version > RESULTS]
@@ -150,6 +157,9 @@ class Results:
     @cached_property
     def answers(self)->pd.DataFrame:
         t = self._read('vmcbench')
+        sets = sorted(set(t.questions))
+        check(self.asked in sets or not self.asked and len(sets) == 1, f'runs of {self.preset} answered the questions {" and ".join(sets)}; asked={self.asked!r} must be one of these')
+        t = t[t.questions == (self.asked or sets[0])]
         of = self.runs[self.runs.kind == 'vlm'].set_index('run')
         t = self._with_encoders(t, 'encoder_weights')
         lacks = set(t.vlm) - set(of.index)
@@ -160,10 +170,13 @@ class Results:
     @cached_property
     def patches(self)->pd.DataFrame: return self._with_encoders(self._read('patches'))
     @cached_property
-    def questions(self)->WorldVQA:
+    def questions(self)->Questions: # without pictures
         n = {len(v) for v in self.answers.calibrated}
         check(len(n) == 1, f'the runs of {self.preset} answered {" or ".join(map(str, sorted(n)))} questions')
-        return WorldVQA('test', n.pop(), vmcbench.settings(self.preset).canvas)
+        fingerprints, t = set(self.answers.fingerprint), self._read('questions')
+        t = t[t.fingerprint.isin(fingerprints)].sort_values('i')
+        check(len(fingerprints) == 1 and len(t) == n.pop(), f'questions_{self.preset}.csv must have the questions {" or ".join(sorted(fingerprints))} that runs answered, and these alone once')
+        return Questions(t.questions.iloc[0], *fingerprints, t[['category', 'answer']].to_dict('records'))
 
     def versions(self)->pd.DataFrame:
         "How many runs of each kind were made by which version of the code, on what"
@@ -187,10 +200,7 @@ class Effect:
 
 def effect(differences, within:float=0., unit:str='points')->Effect: # of the seeds; standard error that all seeds share
     "Mean over seeds"
-    d = np.asarray(differences, np.float64)
-    between = d.var(ddof=1)/len(d) if len(d) > 1 else math.nan
-    var = between + within**2
-    return Effect(d.mean(), math.sqrt(var), (len(d) - 1)*(var/between)**2 if between else math.inf, tuple(d), unit)
+    return Effect(*joined(differences, within), tuple(differences), unit)
 
 def by_seed(t:pd.DataFrame, a:str, b:str, what:str)->tuple: # rows with objective, seed, value, low, high -> (s,) differences, standard error
     "Two objectives' values, paired by seed"
@@ -206,8 +216,8 @@ def by_seed(t:pd.DataFrame, a:str, b:str, what:str)->tuple: # rows with objectiv
 MATCHINGS = 'samples', 'accuracy'
 
 def curves(r:Results, variants=None)->pd.DataFrame: # variants: None for all
-    "Held-out linear probes of object classes during pre-training, in per cent"
-    t = r.pretrain[(r.pretrain.split == 'val') & (r.pretrain.task == 'object') & (r.pretrain.readout == 'linear')]
+    "Held-out linear probes of classes during pre-training, the world's objects or those of a labelled set, in per cent"
+    t = r.pretrain[(r.pretrain.split == 'val') & r.pretrain.task.isin(('object', 'classes')) & (r.pretrain.readout == 'linear')]
     return (t if variants is None else t[t.variant.isin(variants)]).assign(value=100*t.accuracy)
 
 def like(r:Results, a:str, b:str)->str: # objectives -> variant
@@ -224,9 +234,9 @@ def matched(r:Results, matching:str, a:str, b:str)->dict: # objectives -> {objec
     return {'clip': like(r, 'clip', 'dino')} if matching == 'accuracy' and 'clip' in (a, b) else {}
 
 def aligned(r:Results, a:str, b:str)->dict: # as `matched`
-    "The variants whose VLMs' connector was trained on fewest captions, and on fewer than the preset has"
+    "The variants whose VLMs had the shortest stage 1, and one shorter than the preset's"
     found = [n for v in set(r.answers.variant) if (m := re.fullmatch(r'stage1_samples=(\d+)', v)) and (n := int(m[1])) < vlm.settings(r.preset).stage1_samples]
-    check(found, 'there are no VLMs whose connector was trained on fewer captions: the study align has them')
+    check(found, 'there are no VLMs whose stage 1 was shorter: the study align has them')
     return dict.fromkeys((a, b), f'stage1_samples={min(found)}')
 
 def of_main(t:pd.DataFrame, variants:dict={}, **where)->pd.DataFrame: # {objective: variant}
@@ -234,11 +244,20 @@ def of_main(t:pd.DataFrame, variants:dict={}, **where)->pd.DataFrame: # {objecti
     for k, v in where.items(): t = t[t[k] == v]
     return t[t.variant == t.objective.map(lambda o: variants.get(o, ''))]
 
-def probed(r:Results, task:str, a:str, b:str, how:str='linear', matching:str='samples', variants:dict={}, seeds=None)->Effect: # of `matched`; None for all seeds
-    "Difference of two objectives in a probe's accuracy"
-    t = of_main(r.probe, variants or matched(r, matching, a, b), task=task, how=how)
-    if seeds is not None: t = t[t.seed.isin(seeds)]
-    return effect(*by_seed(t.assign(**{k: 100*t[k] for k in ('value', 'low', 'high')}), a, b, f'{how} probe of {task}'))
+def probed(r:Results, tasks, a:str, b:str, how:str='linear', matching:str='samples', variants:dict={}, seeds=None)->Effect: # a name or several; of `matched`; None for all seeds
+    "Difference of two objectives in a probe's accuracy, on average over the tasks"
+    t = of_main(r.probe, variants or matched(r, matching, a, b), how=how)
+    t = (t if seeds is None else t[t.seed.isin(seeds)]).assign(**{k: 100*t[k] for k in ('value', 'low', 'high')})
+    return mean_of([by_seed(t[t.task == task], a, b, f'{how} probe of {task}') for task in ([tasks] if isinstance(tasks, str) else tasks)])
+
+def mean_of(parts, weights=None, unit:str='points')->Effect: # of `by_seed`; None for equal ones
+    "A weighted sum of differences that were measured apart"
+    w = weights or [1/len(parts)]*len(parts)
+    return effect(sum(k*d for k, (d, _) in zip(w, parts)), math.hypot(*(k*se for k, (_, se) in zip(w, parts))), unit)
+
+def real_or(r:Results, sets:tuple, world:str): # -> names of tasks
+    "Those of some labelled sets that encoders were probed on, or else a task of the world"
+    return [s for s in sets if s in set(r.probe.task)] or world
 
 def answered(r:Results, members, a:str, b:str, protocol:str='calibrated', aggregation:str='twenty', matching:str='samples', shorter:bool=False, variants:dict={}, seeds=None)->Effect: # data sets; of `matched`; None for all seeds
     "Difference of two objectives' VLMs on some of the twenty tasks"
@@ -283,20 +302,23 @@ def claim(id:str, says:str, paper:str, sign:int, learned:tuple=()):
 
 @claim('1', 'CLIP and DINO classify equally well', '65.8 and 66.4 % of ImageNet', 0, ('clip', 'dino'))
 def classification(r, a='clip', b='dino', how='linear', matching='samples', compute=False)->Effect:
-    "Linear probe of object classes (the paper, Table 1)"
-    return at_equal_compute(r, a, b) if compute and 'untrained' not in (a, b) else probed(r, 'object', a, b, how, matching)
+    "Linear probe of ImageNet, or of object classes (the paper, Table 1)"
+    return at_equal_compute(r, a, b) if compute and 'untrained' not in (a, b) else probed(r, real_or(r, ('imagenet',), 'object'), a, b, how, matching)
 
 @claim('2', 'CLIP is better within families of classes', '+20.6 points on Cars, +9.3 on CUB', 1, ('clip',))
 def fine_grained(r, a='clip', b='dino', how='linear', matching='samples')->Effect:
-    "Linear probes of classes within families (the paper, Table 1)"
-    return probed(r, 'within families', a, b, how, matching)
+    "Linear probes of cars and birds, or of classes within families (the paper, Table 1)"
+    return probed(r, real_or(r, ('cars', 'cub'), 'within families'), a, b, how, matching)
 
 @claim('3', 'CLIP follows objects and words, DINO colour and style', 'pairs, by inspection', 1)
 def factors(r, a='clip', b='dino', matching='samples')->Effect:
     "How far an embedding moves when one factor of a scene changes, by the distance of unrelated scenes: the mean of object and word less that of colour and style (the paper, section 3)"
-    sign, v = dict(object=.5, word=.5, colour=-.5, style=-.5), matched(r, matching, a, b)
-    parts = {f: by_seed(of_main(r.analysis, v, what='sensitivity', row=f), a, b, f'sensitivity to {f}') for f in sign}
-    return effect(sum(sign[f]*d for f, (d, _) in parts.items()), math.sqrt(sum((se/2)**2 for _, se in parts.values())), 'distances')
+    return mean_of(moves(r, a, b, matching).values(), [.5, .5, -.5, -.5], 'distances')
+
+def moves(r, a='clip', b='dino', matching='samples')->dict: # factor -> of `by_seed`
+    "What claim 3 is made of"
+    t = of_main(r.analysis, matched(r, matching, a, b), what='sensitivity')
+    return {f: by_seed(t[t.row == f], a, b, f'sensitivity to {f}') for f in ('object', 'word', 'colour', 'style')}
 
 @claim('4', 'Distinct symbols are less alike for CLIP', '0.713 and 0.877', -1)
 def symbols(r, a='clip', b='dino', matching='samples')->Effect:
@@ -361,7 +383,7 @@ def judge(r:Results, **how)->pd.DataFrame: # arguments of the claims; those clai
     done = t.p.notna()
     if done.any(): t.loc[done, 'p'] = multipletests(t.p[done], ALPHA, 'holm')[1]
     t.loc[done & (t.p >= ALPHA), 'verdict'] = 'inconclusive'
-    t.loc[t.floor != '', 'verdict'] = 'untrained is as good'
+    t.loc[t.floor != '', 'verdict'] = 'no better than untrained'
     return t
 
 # %% ../nbs/07_study.ipynb #2aa0bb85
@@ -379,7 +401,7 @@ def sensitivity(r:Results)->pd.DataFrame: # columns: claims
     return pd.DataFrame({k: judge(r, **how).set_index('claim').apply(cell, axis=1) for k, how in OTHERWISE.items()}).T.reindex(columns=list(CLAIMS)).fillna('')
 
 # %% ../nbs/07_study.ipynb #8de7418c
-VERDICTS = {'replicated': 'C0', 'reversed': 'C3', 'inconclusive': '.55', 'untrained is as good': '.8'}
+VERDICTS = {'replicated': 'C0', 'reversed': 'C3', 'inconclusive': '.55', 'no better than untrained': '.8'}
 
 def show_claims(tables:dict): # of `judgements`
     "Effects with their intervals, by unit; the colour is the verdict, the marker the way"
@@ -407,8 +429,8 @@ def measured(c)->str: # row of `judge`
     return number(c.effect) + f' {UNITS[c.unit]}'.rstrip() + (f' [{number(c.low)}, {number(c.high)}]' if c.low == c.low else '')
 
 def ruled(c)->str: # row of `judge`
-    "Verdict of a claim, and which objectives are no better than an untrained encoder"
-    return c.verdict + f' as {c.floor}'*(c.floor != '')
+    "Verdict of a claim, and of which objectives it is"
+    return f'{c.floor} {c.verdict}'.strip()
 
 def found(c)->str: # row of `judge`
     "Effect, interval and verdict of a claim, and why it has none"
@@ -429,7 +451,7 @@ def verdicts(tables:dict)->pd.DataFrame: # of `judgements`
 
 def abstract(r:Results, tables:dict): # of `judgements`
     "What is found, by verdict"
-    def listed(t): return '\n'.join(f'- *{v}*: ' + '; '.join(f'{c.says} {measured(c)}'.strip() for c in g.itertuples()) for v, g in t.groupby(t.apply(ruled, axis=1), sort=False))
+    def listed(t): return '\n'.join(f'- *{v}*: ' + '; '.join(f'{c.says}: {measured(c)}'.removesuffix(': ') for c in g.itertuples()) for v, g in t.groupby(t.apply(ruled, axis=1), sort=False))
     seeds = sorted({int(n) for t in tables.values() for n in t.seeds.dropna()})
     return Markdown('\n\n'.join([f'Preset `{r.preset}`, {" or ".join(map(str, seeds)) or "no"} seeds, {len(r.questions)} questions for each VLM; effects with 95% intervals.', *(f'{way.capitalize()}:\n\n{listed(t)}' for way, t in tables.items())]))
 
@@ -459,7 +481,7 @@ if __name__ == '__main__' and '__file__' in globals():  # as a program; in a not
 # %% ../nbs/07_study.ipynb #c7bc0bb6
 LINES = {'linear probe': dict(objects='object', words='word', colour='colour', style='style'), 'VLM': dict(OCR=list(GROUPS['OCR']), Vision=list(VISION), all=list(CATEGORIES))}  # what is followed: tasks, or data sets of questions
 LINE_COLOURS = dict(objects='C0', words='C1', colour='C3', style='C4', OCR='C1', Vision='C2', all='k')
-VARIED = dict(images='distinct images', captions='captions', samples='images seen by CLIP, DINO at its end', stage1_samples='captions in stage 1', stage2_samples='conversations in stage 2', connector='connector', llm='language model')  # setting -> what figures call it
+VARIED = dict(images='distinct images', captions='captions', samples='images seen by CLIP, DINO at its end', stage1_samples='captions seen in stage 1', stage2_samples='conversations seen in stage 2', connector='connector', llm='language model')  # setting -> what figures call it
 
 def runs_of(r:Results, how:str)->pd.DataFrame: return r.answers[~r.answers.blind] if how == 'VLM' else r.probe
 
@@ -507,7 +529,7 @@ def show_varied(r:Results):
     for ax, (how, lines) in zip(axes[0], LINES.items()): ax.legend([plt.Line2D([], [], marker='o', color=LINE_COLOURS[l]) for l in lines], lines, title=how, loc='lower center', bbox_to_anchor=(.5, 1), ncols=len(lines), columnspacing=1)
 
 # %% ../nbs/07_study.ipynb #bd1db629
-READ = 'object', 'within families', 'word', 'count', 'position', 'colour', 'background', 'texture', 'style'  # tasks of linear probes
+READ = *SETS, 'object', 'within families', 'word', 'count', 'position', 'colour', 'background', 'texture', 'style'  # tasks of linear probes
 
 def kinds_of_tasks(r:Results, a:str='clip', b:str='dino', matching:str='samples')->pd.DataFrame:
     "Difference of two objectives in everything that has an accuracy and whose runs are there"

@@ -6,13 +6,13 @@
 __all__ = ['HOW', 'SIZES', 'AGGREGATIONS', 'PROTOCOLS', 'SUBSETS', 'DRAWS', 'LABELS', 'NAMES', 'Score', 'settings',
            'questions_of', 'VLM', 'load_vlm', 'origin', 'untrained_vlm', 'Squares', 'chat', 'token_ids', 'letter_ids',
            'order_of', 'inputs', 'ask', 'answers', 'batched', 'parse', 'drawn', 'calibrate', 'judge', 'successes',
-           'protocols_of', 'levels', 'seed_weights', 'aggregate', 'letters_of', 'score', 'compare', 'predictions',
-           'compare_runs', 'write_lines', 'answer_all', 'evaluate', 'evaluate_in', 'short', 'ordered', 'dots',
-           'by_group', 'show_sets', 'show_differences', 'show_letters', 'disagreements', 'gallery', 'collect', 'right',
-           'of_objective', 'by_objective', 'gap', 'named', 'show_table', 'show_objectives', 'show_gap']
+           'protocols_of', 'levels', 'aggregate', 'letters_of', 'score', 'compare', 'predictions', 'compare_runs',
+           'write_lines', 'answer_all', 'evaluate', 'evaluate_in', 'short', 'ordered', 'dots', 'by_group', 'show_sets',
+           'show_differences', 'show_letters', 'disagreements', 'gallery', 'collect', 'right', 'of_objective',
+           'by_objective', 'gap', 'named', 'show_table', 'show_objectives', 'show_gap']
 
 # %% ../nbs/06_vmcbench.ipynb #012035dc
-import json, math, textwrap
+import json, textwrap
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,7 +24,7 @@ import seaborn as sns
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from scipy.stats import norm, t as t_distribution
+from scipy.stats import norm, t as student
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
@@ -34,7 +34,7 @@ from .lm import make_tokenizer
 from .pretrain import LOOKS, check_settings, tensors_digest
 from .probe import device_of, objective_of, slug
 from .questions import CATEGORIES, GROUPS, LETTERS, VISION, Questions, open_questions, prompt
-from .readouts import paired
+from .readouts import joined, paired
 from .vlm import make_processor, make_vlm, save_vlm, seeded, settings as vlm_settings  # and makes our towers and connectors known to transformers
 from .worldvqa import TASKS, WorldVQA
 
@@ -259,26 +259,23 @@ def levels(categories:list)->dict: # of the questions -> level -> data sets
     have = [c for c in CATEGORIES if c in categories] + sorted(set(categories) - set(CATEGORIES))
     return dict(overall=have, **{g: m for g, members in SUBSETS.items() if (m := [c for c in members if c in have])}), {c: [c] for c in have}
 
-def seed_weights(s:int, draws:int)->np.ndarray: # -> (draws, s), of mean 1
-    "How much each of `s` seeds weighs in each bootstrap sample"
-    if s == 1: return np.ones((draws, 1))
-    w = np_rng(1, s).multinomial(s, [1/s]*s, draws)
-    return 1 + (w - 1)*math.sqrt(s/(s - 1))*t_distribution.ppf(.975, s - 1)/norm.ppf(.975)
-
 def aggregate(values, categories:list, draws:int=DRAWS)->dict: # (n,) numbers of questions, or (s, n) of several seeds -> aggregation -> level -> value, interval, n
-    "Means by data set, group and overall, in each of the ways, with 95% bootstrap intervals"
+    "Means by data set, group and overall, in each of the ways, with 95% intervals: by bootstrap over questions, and joined with how much seeds differ"
     (groups, sets), values, categories = levels(categories), np.atleast_2d(np.asarray(values, np.float64)), np.array(categories)
-    at, seeds = {c: k for k, c in enumerate(sets)}, (seed_weights(len(values), draws) - 1)/len(values)
-    size, mean, boot = np.empty(len(at)), np.empty(len(at)), np.empty((draws, len(at)))
+    at = {c: k for k, c in enumerate(sets)}
+    size, means, boot = np.empty(len(at)), np.empty((len(values), len(at))), np.empty((draws, len(at)))
     for c, k in at.items():
         v, counts = np.unique(values[:, categories == c], axis=1, return_counts=True)
-        each = v @ counts/counts.sum()  # the mean of every seed
-        size[k], mean[k] = counts.sum(), each.mean()
-        boot[:, k] = np_rng(0, k).multinomial(counts.sum(), counts/counts.sum(), draws) @ v.mean(0)/counts.sum() + seeds @ each  # questions and seeds apart: only the seeds' part is widened
+        size[k], means[:, k] = counts.sum(), v @ counts/counts.sum()
+        boot[:, k] = np_rng(0, k).multinomial(counts.sum(), counts/counts.sum(), draws) @ v.mean(0)/counts.sum()
     def cell(members, over):
         k = [at[c] for c in members]
         w = size[k]/size[k].sum() if over == 'questions' else np.full(len(k), 1/len(k))
-        return dict(value=float(mean[k] @ w), interval=np.quantile(boot[:, k] @ w, [.025, .975]).tolist(), n=int(size[k].sum()))
+        each, ends = means[:, k] @ w, np.quantile(boot[:, k] @ w, [.025, .975])
+        if len(each) > 1:
+            mean, se, df = joined(each, np.ptp(ends)/2/norm.ppf(.975))
+            ends = np.clip(mean + student.ppf([.025, .975], df)*se, values.min(), values.max())  # no mean can be beyond
+        return dict(value=float(each.mean()), interval=ends.tolist(), n=int(size[k].sum()))
     ways = {a: {g: cell(m, total if g == 'overall' else group) for g, m in groups.items()} for a, (group, total) in AGGREGATIONS.items()}
     return dict(data_sets={c: cell(m, 'questions') for c, m in sets.items()}, **ways)
 
@@ -464,7 +461,7 @@ def right(runs:pd.DataFrame, questions:Questions, protocol:str='calibrated')->np
 
 def of_objective(runs:pd.DataFrame, objective:str, blind:bool=False)->pd.DataFrame:
     "The runs on encoders of an objective, in the order of their seeds"
-    found = runs[(runs.encoder.map(objective_of) == objective) & (runs.blind == blind)].sort_values('seed')
+    found = runs[((runs.objective if 'objective' in runs else runs.encoder.map(objective_of)) == objective) & (runs.blind == blind)].sort_values('seed')
     check(found.seed.is_unique, f'{objective} has several runs of seed {found.seed[found.seed.duplicated()].tolist()[:1]}, {", ".join(found.run)}: give those of one comparison')
     return found
 
@@ -485,11 +482,11 @@ def named(questions:str, c:str)->str: # name of a set of questions, data set
     "A data set, and what its twin in the world asks for"
     return f'{c}: {TASKS[c].factor}' if questions.startswith('worldvqa') and c in TASKS else short(c)
 
-def show_table(found:dict, questions:str, aggregation:str='sets'): # of `by_objective`
-    "Accuracy with its interval, in per cent, by objective on each data set and group"
+def show_table(found:dict, questions:str, aggregation:str='sets', data_sets:bool=True): # of `by_objective`
+    "Accuracy with its interval, in per cent, by objective on each data set and group, or on groups alone"
     def cell(c): return f'{100*c["value"]:.1f}  [{100*c["interval"][0]:.0f}, {100*c["interval"][1]:.0f}]'
     some = next(iter(found.values()))
-    rows = {named(questions, c): [cell(t['data_sets'][c]) for t in found.values()] for _, members in ordered(some['data_sets']) for c in members}
+    rows = {named(questions, c): [cell(t['data_sets'][c]) for t in found.values()] for _, members in ordered(some['data_sets']) for c in members if data_sets}
     groups = {short(g): [cell(t[aggregation][g]) for t in found.values()] for g in (*SUBSETS, 'overall') if g in some[aggregation]}
     return pd.DataFrame({**rows, **groups}, index=list(found)).T.style.set_uuid('o').map(lambda v: 'font-weight: bold', subset=(list(groups), slice(None)))
 

@@ -47,6 +47,7 @@ def write(folder, values={}, answers={}, spread=.003, drop=(), more=()):
             told.append(dict(run=f'score-{o}-{s}-{variant}', vlm=f'vlm-{o}-{s}-{variant}', encoder=e, encoder_weights=w, llm='world', preset='mini', seed=s, blind=False, weights='', questions=QUESTIONS.name, fingerprint=QUESTIONS.fingerprint,
                              **dict.fromkeys(('letter', 'likely', 'calibrated'), letters(share, (s, k)))))
     for k, rows in dict(runs=runs, pretrain=curves, probe=probe, analysis=analysis, vmcbench=told).items(): pd.DataFrame(rows).to_csv(folder/f'{k}_mini.csv', index=False)
+    pd.DataFrame([dict(questions=QUESTIONS.name, fingerprint=QUESTIONS.fingerprint, i=i, category=r['category'], answer=r['answer']) for i, r in enumerate(QUESTIONS.rows)]).to_csv(folder/'questions_mini.csv', index=False)
     return folder
 
 def judged(folder, **given): return judge(Results('mini', write(folder, **given))).set_index('claim')
@@ -68,14 +69,14 @@ def test_the_opposite_is_reversed(tmp_path):
 
 def test_seeds_that_disagree_leave_it_open(tmp_path):
     t = judged(tmp_path, values=AS_THE_PAPER['values'], spread=.3)
-    assert set(t.verdict[['1', '2', '4']]) <= {'inconclusive', 'untrained is as good'} and t.verdict['5'] == 'inconclusive', 'and no VLM is better than another'
+    assert set(t.verdict[['1', '2', '4']]) <= {'inconclusive', 'no better than untrained'} and t.verdict['5'] == 'inconclusive', 'and no VLM is better than another'
 
 def test_encoders_that_learned_nothing_are_not_compared(tmp_path):
     t = judged(tmp_path, values={('dino', 'object'): .2, ('clip', 'object'): .2}, answers=dict(clip=lambda c: .3, dino=lambda c: .3, siglip=lambda c: .3))
-    assert t.verdict['1'] == 'untrained is as good' and t.floor['1'] == 'clip and dino'
-    assert t.verdict['7s'] == 'untrained is as good' and t.floor['7t'] == 'clip'
+    assert t.verdict['1'] == 'no better than untrained' and t.floor['1'] == 'clip and dino'
+    assert t.verdict['7s'] == 'no better than untrained' and t.floor['7t'] == 'clip'
     v = verdicts(dict(one=t.reset_index(), other=t.iloc[:1].reset_index())).set_index('')
-    assert v.one['7t'].endswith('], untrained is as good as clip') and v.other['1'].endswith('untrained is as good as clip and dino') and v.other['2'] == ''
+    assert v.one['7t'].endswith('], clip no better than untrained') and v.other['1'].endswith('clip and dino no better than untrained') and v.other['2'] == ''
 
 def test_choices_that_are_not_a_claims_are_empty(tmp_path):
     t = sensitivity(Results('mini', write(tmp_path, **AS_THE_PAPER)))
@@ -128,16 +129,41 @@ def test_what_claims_say_in_words(tmp_path):
     assert re.fullmatch(r'- \*\*CLIP is better within families of classes\*\* \(claim 2; the paper: .+\)\. Equal samples: \+(9|10)\.\d points \[\+\d+\.\d, \+\d+\.\d\], \*replicated\*; Equal accuracy: \*incomplete\* \(there are no runs of clip .+\)\.', told(tables, '2').data)
     v = verdicts(tables)
     assert list(v['']) == list(CLAIMS) and set(v['equal accuracy']) == {'incomplete', ''} and v['equal samples'][3].startswith('-0.20 [')
-    assert '*replicated*: ' in (a := abstract(r, tables).data) and 'Distinct symbols are less alike for CLIP -0.20 [' in a and '3 seeds, 1000 questions' in a
+    assert '*replicated*: ' in (a := abstract(r, tables).data) and 'Distinct symbols are less alike for CLIP: -0.20 [' in a and '3 seeds, 1000 questions' in a
 
 def test_a_connector_trained_for_less(tmp_path):
     "In the preset's time CLIP's VLM reads; in less none does, and there is nothing to compare"
     short, blind = 'stage1_samples=16384', lambda c: .3
     more = [(o, v) for v in (short, 'stage1_samples=32768') for o in ('clip', 'dino', 'untrained')]
     r = Results('mini', write(tmp_path, answers=dict(clip=lambda c: .8 if c in GROUPS['OCR'] else .3, dino=blind) | {(o, short): blind for o in ('clip', 'dino', 'untrained')}, more=more))
-    assert judge(r).set_index('claim').verdict['5'] == 'replicated' and (t := judge(r, shorter=True)).claim.tolist() == ['5', '6', '6v'] and t.verdict[0] == 'untrained is as good'
-    assert sensitivity(r).loc['shorter alignment', '5'].endswith('untrained is as good') and along(r, 'stage1_samples').value.tolist()[::3] == ['131072', '16384', '32768']
-    with pytest.raises(SettingsError, match='no VLMs whose connector was trained on fewer'): aligned(Results('mini', write(tmp_path, more=[('clip', 'stage1_samples=262144')])), 'clip', 'dino')
+    assert judge(r).set_index('claim').verdict['5'] == 'replicated' and (t := judge(r, shorter=True)).claim.tolist() == ['5', '6', '6v'] and t.verdict[0] == 'no better than untrained'
+    assert sensitivity(r).loc['shorter alignment', '5'].endswith('no better than untrained') and along(r, 'stage1_samples').value.tolist()[::3] == ['131072', '16384', '32768']
+    with pytest.raises(SettingsError, match='no VLMs whose stage 1 was shorter'): aligned(Results('mini', write(tmp_path, more=[('clip', 'stage1_samples=262144')])), 'clip', 'dino')
+
+def test_results_on_real_sets_come_first(tmp_path):
+    "ImageNet for classes, cars and birds for families, a labelled set's curve for the matching, and questions of any set"
+    early, folder = 'samples=24576 warmup=0.8', write(tmp_path, values={('clip', 'object'): .9, ('samples=24576 warmup=0.8', 'object'): .8}, more=[('clip', 'samples=24576 warmup=0.8')], **{k: AS_THE_PAPER[k] for k in ('answers',)})
+    t = read_table(folder/'probe_mini.csv')
+    own = t.encoder.str.startswith('clip-mini')
+    def made(task, gap): return t[t.task == 'object'].assign(task=task, value=lambda r: .5 + gap*own, low=lambda r: .49 + gap*own, high=lambda r: .51 + gap*own)
+    pd.concat([t, made('imagenet', 0.), made('cars', .2), made('cub', .1), made('flowers', -.1)]).to_csv(folder/'probe_mini.csv', index=False)
+    curves = read_table(folder/'pretrain_mini.csv')
+    curves.assign(task=curves.task.replace('object', 'classes')).to_csv(folder/'pretrain_mini.csv', index=False)
+    for k in 'questions', 'vmcbench': read_table(folder/f'{k}_mini.csv').assign(questions='VMCBench test').to_csv(folder/f'{k}_mini.csv', index=False)
+    r = Results('mini', folder)
+    v = judge(r).set_index('claim')
+    assert v.effect['1'] == pytest.approx(0) and v.effect['2'] == pytest.approx(15) and v.verdict['5'] == 'replicated' and r.questions.name == 'VMCBench test'
+    assert like(r, 'clip', 'dino') == early and {'imagenet', 'flowers', 'object'} <= set(kinds_of_tasks(r).what)
+
+def test_questions_of_several_sets_are_not_mixed(tmp_path):
+    folder = write(tmp_path)
+    t, q = (read_table(folder/f'{k}_mini.csv') for k in ('vmcbench', 'questions'))
+    pd.concat([t, t.assign(run=t.run + '-dev', questions='dev', fingerprint='d', calibrated=t.calibrated.str[:100])]).to_csv(folder/'vmcbench_mini.csv', index=False)
+    pd.concat([q, q[:100].assign(questions='dev', fingerprint='d')]).to_csv(folder/'questions_mini.csv', index=False)
+    with pytest.raises(SettingsError, match=f"answered the questions dev and {QUESTIONS.name}; asked='' must be one of these"): Results('mini', folder).answers
+    assert [len(Results('mini', folder, asked).questions) for asked in ('dev', QUESTIONS.name)] == [100, N]
+    q[:900].to_csv(folder/'questions_mini.csv', index=False)
+    with pytest.raises(SettingsError, match='questions_mini.csv must have the questions'): Results('mini', folder, QUESTIONS.name).questions
 
 def test_numbers_as_they_are_printed():
     c = pd.DataFrame([dict(effect=-.04, low=-4.13, high=4.05, unit='points'), dict(effect=-.004, low=math.nan, high=math.nan, unit='cosine'), dict(effect=math.nan, low=math.nan, high=math.nan, unit='points')])
@@ -221,13 +247,15 @@ def test_real_runs_become_tables(tmp_path, monkeypatch):
     to.mkdir()
     collect('smoke', to=to)
     t = {f.name.removesuffix('_smoke.csv'): read_table(f) for f in to.iterdir()}
-    assert set(t) == {'runs', 'pretrain', 'probe', 'vmcbench', 'patches'} and sorted(t['runs'].kind) == ['pretrain', 'pretrain', 'probe', 'vlm', 'vlm', 'vmcbench', 'vmcbench']
+    assert set(t) == {'runs', 'pretrain', 'probe', 'vmcbench', 'questions', 'patches'} and sorted(t['runs'].kind) == ['pretrain', 'pretrain', 'probe', 'vlm', 'vlm', 'vmcbench', 'vmcbench']
     runs = t['runs'].set_index('run')
     assert runs.variant['clip-smoke-s0'] == runs.variant['vlm-clip-smoke-s0'] == '' and runs.variant['vlm-clip-smoke-s1'] == 'connector=linear' and runs.settings['clip-smoke-s0'] == runs.settings['clip-smoke-s1']
     assert runs.weights['clip-smoke-s1'] == runs.weights['vlm-clip-smoke-s1'] == t['vmcbench'].set_index('encoder').encoder_weights['clip-smoke-s1'] != runs.weights['clip-smoke-s0']
     patches, e = t['patches'].set_index(['encoder', 'i']), load_encoder('clip-smoke-s0')
     images = np.stack([render(scene(0, 'test', i, 'mixed'), 96) for i in range(6)])
-    assert list(dict.fromkeys(t['patches'].encoder)) == ['clip-smoke-s0', 'random:clip-smoke-s0'] and patches.colours['clip-smoke-s0', 5] == np.uint8(255*patch_colours(e, images)[5] + .5).tobytes().hex() != patches.colours['random:clip-smoke-s0', 5]
+    assert list(dict.fromkeys(t['patches'].encoder)) == ['clip-smoke-s0', 'random:clip-smoke-s0'] and patches.colours['clip-smoke-s0', 5] == np.uint8(255*patch_colours(e, images, -2)[5] + .5).tobytes().hex() != patches.colours['random:clip-smoke-s0', 5]
+    asked = WorldVQA('test', vmcbench.settings('smoke').n, vmcbench.settings('smoke').canvas)
+    assert set(t['questions'].fingerprint) == {asked.fingerprint} and t['questions'][['category', 'answer']].to_dict('records') == [{k: r[k] for k in ('category', 'answer')} for r in asked.rows]
     before = {f.name: f.read_bytes() for f in to.iterdir()}
     (tmp_path/'away').mkdir()
     for d in list((tmp_path/'runs').glob('*s1')): d.rename(tmp_path/'away'/d.name)
