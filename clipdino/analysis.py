@@ -343,7 +343,7 @@ def show_sensitivity(result:dict):
     dots(ax, result['sensitivity'], 'factor', 'ratio', list(CHANGED), names_in(result))
     ax.axvline(1, color='grey', lw=1, ls=':')
     for i in range(len(CHANGED)): ax.axhline(i + .5, color='.92', lw=.8, zorder=0)
-    ax.set(xlabel='distance moved / distance of unrelated scenes', xlim=(0, None))
+    ax.set(xlabel='distance moved / distance of unrelated scenes', xlim=(-.03, None))
     ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
 
 def show_similarities(result:dict):
@@ -439,7 +439,7 @@ def show_objectives(runs:pd.DataFrame): # from `collect`
     fig, (a, b) = plt.subplots(1, 2, figsize=(9, 4.6), width_ratios=(3, 2))
     over_seeds(a, runs[runs.what == 'sensitivity'], list(CHANGED), 1.)
     a.axvline(1, color='grey', lw=1, ls=':')
-    a.set(xlabel='distance moved / distance of unrelated scenes', xlim=(0, None), title='one factor changed')
+    a.set(xlabel='distance moved / distance of unrelated scenes', xlim=(-.03, None), title='one factor changed')
     over_seeds(b, runs[runs.what == 'similarity'], ['symbol', 'colour', 'style'], 1.)
     b.set_yticklabels(['distinct\nsymbols', 'colours of\na symbol', 'styles of\na symbol'])
     b.set(xlabel='mean cosine similarity', title='symbols')

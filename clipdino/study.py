@@ -8,9 +8,9 @@ __all__ = ['RESULTS', 'STAGES', 'GALLERY', 'PICTURES', 'MATCHINGS', 'CLAIMS', 'M
            'finished', 'tables_dir', 'collect', 'pairs_of', 'questions_of', 'patches_of', 'read_table', 'Results',
            'Effect', 'effect', 'by_seed', 'curves', 'like', 'matched', 'aligned', 'of_main', 'probed', 'mean_of',
            'real_or', 'answered', 'at_equal_compute', 'Claim', 'claim', 'classification', 'fine_grained', 'factors',
-           'moves', 'symbols', 'text_questions', 'other_questions', 'vision_questions', 'sigmoid', 'text_encoder',
-           'language_model', 'outcome', 'judge', 'judgements', 'sensitivity', 'show_claims', 'measured', 'ruled',
-           'found', 'told', 'verdicts', 'abstract', 'for_readme', 'refresh', 'runs_of', 'values_of', 'along',
+           'moves', 'show_moves', 'symbols', 'text_questions', 'other_questions', 'vision_questions', 'sigmoid',
+           'text_encoder', 'language_model', 'outcome', 'judge', 'judgements', 'sensitivity', 'show_claims', 'measured',
+           'ruled', 'found', 'told', 'verdicts', 'abstract', 'for_readme', 'refresh', 'runs_of', 'values_of', 'along',
            'show_along', 'show_varied', 'kinds_of_tasks', 'show_kinds', 'show_pairs', 'show_patch_tokens']
 
 # %% ../nbs/07_study.ipynb #30b1e560
@@ -319,6 +319,13 @@ def moves(r, a='clip', b='dino', matching='samples')->dict: # factor -> of `by_s
     "What claim 3 is made of"
     t = of_main(r.analysis, matched(r, matching, a, b), what='sensitivity')
     return {f: by_seed(t[t.row == f], a, b, f'sensitivity to {f}') for f in ('object', 'word', 'colour', 'style')}
+
+def show_moves(r, matching='samples')->pd.DataFrame:
+    "Sensitivities that claim 3 is made of: means of seeds, and the difference with its interval"
+    t = of_main(r.analysis, matched(r, matching, 'clip', 'dino'), what='sensitivity')
+    found = {f: mean_of([d], unit='distances').interval() + (d[0].mean(),) for f, d in moves(r, matching=matching).items()}
+    t = t[t.row.isin(found)].pivot_table(index='row', columns='objective', values='value').reindex(index=list(found), columns=['clip', 'dino', 'untrained'])
+    return t.assign(**{'CLIP minus DINO': [f'{v:+.2f} [{low:+.2f}, {high:+.2f}]' for low, high, v in found.values()]}).rename_axis(index='factor', columns='').reset_index()
 
 @claim('4', 'Distinct symbols are less alike for CLIP', '0.713 and 0.877', -1)
 def symbols(r, a='clip', b='dino', matching='samples')->Effect:
