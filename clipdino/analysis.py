@@ -425,7 +425,8 @@ def collect(folders)->pd.DataFrame: # finished analyses
     rows = []
     for d in sorted(map(Path, folders)):
         r = read_json(d/'result.json')
-        def add(encoder, what, row, value, interval=(None, None)): rows.append(dict(run=d.name, encoder=encoder, what=what, row=row, value=value, low=interval[0], high=interval[1], commit=r['environment']['commit']))
+        weights = {e['name']: e['fingerprint'][:12] for e in r['encoders']}
+        def add(encoder, what, row, value, interval=(None, None)): rows.append(dict(run=d.name, encoder=encoder, weights=weights[encoder], what=what, row=row, value=value, low=interval[0], high=interval[1], commit=r['environment']['commit']))
         for v in r['sensitivity']: add(v['encoder'], 'sensitivity', v['factor'], v['ratio'], v['interval'])
         for v in r['symbols']: add(v['encoder'], 'similarity', v['differs'], v['similarity'], v['interval'])
         for v in r['conflicts']: add(v['encoder'], 'conflict', 'shape_bias', v['shape_bias'], v['interval']), add(v['encoder'], 'conflict', 'shape', v['shape']), add(v['encoder'], 'conflict', 'ordinary', v['ordinary'])

@@ -162,6 +162,7 @@ class Plan:
         "The parameters of a run with a study's changes, and what its name ends with"
         before = RUNS[kind].settings(self.grid.preset, **{**self.given[kind], **parameters})
         check(not {'images', 'captions'} & set(changes) or before.data == 'world', f'{", ".join(changes)} can only be changed in the world, and pretrain.data={getattr(before, "data", "")}')
+        for k in (k for k, v in changes.items() if callable(v)): check(getattr(before, k), f'{k}=0 of the preset {self.grid.preset} means all that there is, of which a study can take no multiple: give a number, as in --given "{kind}.{k}=500000"')
         changes = {k: v(getattr(before, k)) if callable(v) else v for k, v in changes.items()}
         return dict(parameters, **changes, tag=''.join(f'-{k}-{slug(str(v))}' for k, v in changes.items() if k != 'llm'))  # which folders are named after anyway
 

@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['RESULTS', 'STAGES', 'GALLERY', 'PICTURES', 'MATCHINGS', 'CLAIMS', 'MARGIN', 'ALPHA', 'WAYS', 'OTHERWISE', 'VERDICTS',
-           'UNITS', 'MARKS', 'LINES', 'LINE_COLOURS', 'VARIED', 'READ', 'kind_of', 'presets_own', 'identity',
+           'UNITS', 'MARKS', 'LINES', 'LINE_COLOURS', 'VARIED', 'READ', 'kind_of', 'deciding', 'identity', 'mark',
            'finished', 'tables_dir', 'collect', 'pairs_of', 'questions_of', 'patches_of', 'read_table', 'Results',
            'Effect', 'effect', 'by_seed', 'curves', 'like', 'matched', 'aligned', 'of_main', 'probed', 'mean_of',
-           'real_or', 'answered', 'at_equal_compute', 'Claim', 'claim', 'classification', 'fine_grained', 'factors',
-           'moves', 'show_moves', 'symbols', 'text_questions', 'other_questions', 'vision_questions', 'sigmoid',
-           'text_encoder', 'language_model', 'outcome', 'judge', 'judgements', 'sensitivity', 'show_claims', 'measured',
-           'ruled', 'found', 'told', 'verdicts', 'abstract', 'for_readme', 'refresh', 'runs_of', 'values_of', 'along',
-           'show_along', 'show_varied', 'kinds_of_tasks', 'show_kinds', 'show_pairs', 'show_patch_tokens']
+           'real_or', 'answered', 'differences', 'on_average', 'at_equal_compute', 'Claim', 'claim', 'classification',
+           'fine_grained', 'factors', 'moves', 'show_moves', 'symbols', 'text_questions', 'other_questions',
+           'vision_questions', 'sigmoid', 'text_encoder', 'language_model', 'outcome', 'judge', 'judgements',
+           'sensitivity', 'show_claims', 'measured', 'ruled', 'found', 'told', 'verdicts', 'abstract', 'for_readme',
+           'refresh', 'runs_of', 'values_of', 'along', 'show_along', 'show_varied', 'kinds_of_tasks', 'show_kinds',
+           'show_pairs', 'show_patch_tokens']
 
 # %% ../nbs/07_study.ipynb #30b1e560
 import math, re, sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property, partial
 from inspect import signature
 from pathlib import Path
@@ -43,26 +44,31 @@ RESULTS = 1  # version of the tables' form
 STAGES = dict(pretrain=pretrain, probe=probe, analysis=analysis, vmcbench=vmcbench)  # those that have numbers
 GALLERY, PICTURES = 12, 6  # pairs kept of each side of an analysis, pictures whose patch tokens are kept
 _NAMES = 'preset', 'objective', 'seed', 'name', 'encoder', 'encoders', 'vlm', 'against'  # say which run it is, and not how it was made
-_MACHINERY = 'max_bad', 'micro', 'processes', 'workers', 'augment', 'precision', 'compile', 'probes', 'save_every', 'tracker', 'cached', 'shard', 'recompute', 'device'
+_MACHINERY = 'max_bad', 'micro', 'processes', 'workers', 'augment', 'precision', 'compile', 'probes', 'probe_data', 'eval_data', 'save_every', 'tracker', 'cached', 'shard', 'recompute', 'device'
+_ELSEWHERE = dict(vlm=('questions',), probe=('data', 'authors', 'batch'), analysis=('batch',), vmcbench=('questions', 'n', 'canvas', 'limit', 'how', 'blind', 'batch'))  # what the rows of a kind say themselves, or what changes no number
 
 def kind_of(s:dict)->str: # settings.json
     "Which notebook made a run"
     return next(k for k, f in dict(pretrain='objective', vmcbench='vlm', analysis='encoders', vlm='llm', probe='encoder').items() if f in s)
 
-def presets_own(kind:str, s:dict)->dict:
-    "The settings that the preset has"
+def deciding(kind:str, preset:str, objective:str='', then:dict={})->tuple: # settings.json -> settings, of the preset and of the run
+    "What decides a run's numbers, by name; a setting that is newer than the run had its default, and data that the preset leaves open is told apart by its fingerprint"
     make = dict(STAGES, vlm=vlm)[kind].settings
-    return asdict(make(s['preset'], s['objective']) if kind == 'pretrain' else make(s['preset']))
+    own = make(preset, objective) if kind == 'pretrain' else make(preset)
+    base = {k: v for k, v in asdict(own).items() if k not in (*_NAMES, *_MACHINERY, *_ELSEWHERE.get(kind, ())) and not (k.endswith('data') and v == '')}
+    return base, {f.name: then.get(f.name, f.default) for f in fields(own) if f.name in base}
 
 def identity(folder:Path)->dict: # a finished run
     "What a run was, in a row"
     s, r = (read_json(Path(folder)/f) for f in ('settings.json', 'result.json'))
     kind, e = kind_of(s), r['environment']
-    base = presets_own(kind, s)
-    own = {k: s[k] for k in base if k in s and k not in (*_NAMES, *_MACHINERY) and (kind, k) != ('vlm', 'questions')}  # how many are held out changes no weight
+    base, own = deciding(kind, s['preset'], s.get('objective', ''), s)
     weights = load_encoder(str(folder)).fingerprint if kind == 'pretrain' else r['encoder']['fingerprint'] if kind == 'vlm' else ''
     return dict(version=RESULTS, run=Path(folder).name, kind=kind, preset=s['preset'], objective=s.get('objective', ''), seed=s['seed'], of=next((s[k] for k in ('encoder', 'encoders', 'vlm') if k in s), ''),
-                variant=' '.join(f'{k}={v}' for k, v in own.items() if v != base[k]), settings=digest(own), data=s['fingerprint'], weights=weights, commit=e['commit'], device=e['device'])
+                variant=' '.join(f'{mark(kind, k)}={v}' for k, v in own.items() if v != base[k]), settings=digest(own), data=s['fingerprint'], weights=weights, commit=e['commit'], device=e['device'])
+
+def mark(kind:str, setting:str)->str: # a VLM's captions are not its encoder's
+    return f'vlm.{setting}' if kind == 'vlm' and setting in {f.name for f in fields(pretrain.Pretrain)} else setting
 
 def finished(folder:Path)->bool: return (folder/'result.json').exists() and (folder/'settings.json').exists()
 
@@ -120,6 +126,7 @@ class Results:
         late = self.runs[self.runs.version > RESULTS]
         check(late.empty, f'{self.folder}/runs_{preset}.csv has results of version {late.version.max()}, and this code knows up to {RESULTS}: update it')
         for k in 'preset', 'run': self._one(k)
+        self._same()
         self.encoders = self.runs[self.runs.kind == 'pretrain'].set_index('run')
 
     def _read(self, stage:str)->pd.DataFrame:
@@ -135,6 +142,15 @@ class Results:
             twice = t.run[t.run.duplicated()]
             check(twice.empty, f'runs_{self.preset}.csv has two rows about {", ".join(twice[:3])}' + ''.join(f', with settings {" and ".join(t.settings[t.run == r])}' for r in twice[:1]))
 
+    def _same(self):
+        "Refuse runs of one variant with different settings, runs as of another version of the preset, and encoders that saw different data"
+        for (kind, objective, variant), t in self.runs.groupby(['kind', 'objective', 'variant']):
+            now = set(t.settings) if variant else {digest(deciding(kind, self.preset, objective)[0])}
+            odd = t[~t.settings.isin(now)].run.tolist() or (t.run.tolist() if len(now) > 1 else [])
+            check(not odd, f'{", ".join(odd[:3])}: made with other settings than {variant or f"the preset {self.preset}"} stands for now; make these runs again, or gather them again')
+        t = self.runs[(self.runs.kind == 'pretrain') & (self.runs.variant == '')].drop_duplicates('data')
+        check(len(t) <= 1, f'{" and ".join(t.run)} were trained on different data')
+
     def who(self, encoder:str)->dict:
         "What trained an encoder, from which seed, and how its run differs from the preset; its weights"
         name = encoder.removeprefix('random:')
@@ -146,14 +162,20 @@ class Results:
         known = {e: self.who(e) for e in t.encoder.unique()}
         for e, w in t[['encoder', weights]].drop_duplicates().itertuples(index=False) if weights else ():
             check(known[e]['known'][:12] in ('', str(w)[:12]), f'{e} has weights {known[e]["known"]} in one table and {w} in another: they are of different runs')
-        return t.assign(**{k: t.encoder.map(lambda e: known[e][k]) for k in ('objective', 'seed', 'variant')})
+        own = self.runs.set_index('run').variant
+        lacks = set(t.run) - set(own.index)
+        check(not lacks, f'the results speak of the run {", ".join(sorted(lacks)[:1])}, of which runs_{self.preset}.csv knows nothing')
+        t = t.assign(**{k: t.encoder.map(lambda e: known[e][k]) for k in ('objective', 'seed', 'variant')})
+        t['variant'] = [' '.join(dict.fromkeys(filter(None, (v, own[r])))) for v, r in zip(t.variant, t.run)]
+        start = t.objective == 'untrained'  # all objectives begin there: one encoder stands for all
+        return t[~start | (t.encoder == t.groupby(['objective', 'seed', 'variant']).encoder.transform('min'))]
 
     @cached_property
-    def pretrain(self)->pd.DataFrame: return self._with_encoders(self._read('pretrain').rename(columns=dict(run='encoder')))
+    def pretrain(self)->pd.DataFrame: return self._with_encoders(self._read('pretrain').assign(encoder=lambda t: t.run))
     @cached_property
     def probe(self)->pd.DataFrame: return self._with_encoders(self._read('probe'), 'weights')
     @cached_property
-    def analysis(self)->pd.DataFrame: return self._with_encoders(self._read('analysis')).drop_duplicates(['encoder', 'what', 'row', 'value'])  # some are analysed beside several others
+    def analysis(self)->pd.DataFrame: return self._with_encoders(self._read('analysis'), 'weights').drop_duplicates(['encoder', 'variant', 'what', 'row', 'value'])  # some are analysed beside several others
     @cached_property
     def answers(self)->pd.DataFrame:
         t = self._read('vmcbench')
@@ -261,15 +283,24 @@ def real_or(r:Results, sets:tuple, world:str): # -> names of tasks
 
 def answered(r:Results, members, a:str, b:str, protocol:str='calibrated', aggregation:str='twenty', matching:str='samples', shorter:bool=False, variants:dict={}, seeds=None)->Effect: # data sets; of `matched`; None for all seeds
     "Difference of two objectives' VLMs on some of the twenty tasks"
-    variants = variants or (aligned(r, a, b) if shorter else matched(r, matching, a, b))
+    d = differences(r, a, b, protocol, variants or (aligned(r, a, b) if shorter else matched(r, matching, a, b)), seeds)
+    return on_average(r, members, list(d.values()), aggregation)
+
+def differences(r:Results, a:str, b:str, protocol:str, variants:dict, seeds=None)->dict: # seed -> (n,)
+    "Right answers of one objective's VLM less those of the other's, question by question"
     runs = of_main(r.answers, variants, blind=False)
-    ours, theirs = (t[t.seed.isin(t.seed if seeds is None else seeds)].sort_values('seed') for t in (runs[runs.objective == o] for o in (a, b)))
-    check(len(ours) and list(ours.seed) == list(theirs.seed), f'answers{" with " + ", ".join(dict.fromkeys(filter(None, variants.values()))) if any(variants.values()) else ""}: {a} has the seeds {list(ours.seed)} and {b} has {list(theirs.seed)}')
+    if seeds is not None: runs = runs[runs.seed.isin(seeds)]
+    ours, theirs = (runs[runs.objective == o].sort_values('seed') for o in (a, b))
+    check(len(ours) and list(ours.seed) == list(theirs.seed) and ours.seed.is_unique, f'answers{" with " + ", ".join(dict.fromkeys(filter(None, variants.values()))) if any(variants.values()) else ""}: '
+          f'{a} has the seeds {list(ours.seed)} and {b} has {list(theirs.seed)}; they must have the same, each once')
+    return dict(zip(ours.seed, right(ours, r.questions, protocol) - right(theirs, r.questions, protocol)))
+
+def on_average(r:Results, members, values, aggregation:str)->Effect: # (s, n) numbers of questions
+    "Their mean over some of the twenty tasks"
     at = [i for i, q in enumerate(r.questions.rows) if q['category'] in members]
-    d, categories = (right(ours, r.questions, protocol) - right(theirs, r.questions, protocol))[:, at], [r.questions.rows[i]['category'] for i in at]
+    values, categories = np.array(values)[:, at], [r.questions.rows[i]['category'] for i in at]
     def overall(v, **k): return aggregate(v, categories, **k)[aggregation]['overall']
-    each, within = [100*overall(v, draws=1)['value'] for v in d], 100*np.ptp(overall(d.mean(0))['interval'])/2/norm.ppf(.975)  # the questions' part, by bootstrap of their mean over seeds
-    return effect(each, within)
+    return effect([100*overall(v, draws=1)['value'] for v in values], 100*np.ptp(overall(values.mean(0))['interval'])/2/norm.ppf(.975))  # the questions' part, by bootstrap of their mean over seeds
 
 def at_equal_compute(r:Results, a:str, b:str)->Effect:
     "Difference in the held-out linear probe when the dearer objective is read off its curve where it has cost as much as the other at its end; its learning rate is not yet low there, which is a disadvantage"
@@ -360,8 +391,9 @@ def text_encoder(r, a='clip-lm', b='clip', protocol='calibrated', aggregation='t
 @claim('8', 'The gap grows with a better language model', 'wider with Qwen2-7B than with Vicuna-7B', 1)
 def language_model(r, a='clip', b='dino', llm='world:wide', protocol='calibrated', aggregation='twenty')->Effect:
     "All twenty tasks: the gap with another language model less the gap with the preset's (the paper, appendix C)"
-    x, y = (answered(r, CATEGORIES, a, b, protocol, aggregation, variants={a: v, b: v}) for v in (f'llm={llm}', ''))
-    return Effect(x.value - y.value, math.hypot(x.se, y.se), min(x.df, y.df), tuple(p - q for p, q in zip(x.seeds, y.seeds)))
+    x, y = (differences(r, a, b, protocol, {a: v, b: v}) for v in (f'llm={llm}', ''))
+    check(set(x) & set(y), f'the VLMs with {llm} have the seeds {list(x)} and the others {list(y)}')
+    return on_average(r, CATEGORIES, [x[s] - y[s] for s in x if s in y], aggregation)  # seed by seed and question by question, as one gap shares encoders and questions with the other
 
 # %% ../nbs/07_study.ipynb #a054b88f
 MARGIN, ALPHA = 2., .05  # points that count as no difference; level of all tests

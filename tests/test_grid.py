@@ -174,6 +174,12 @@ def test_results_that_are_older_than_what_they_were_made_from(here):
 
 # --- what they cost
 
+def test_no_multiple_is_taken_of_all_there_is():
+    given = 'pretrain.data=a.tar vlm.stage1_data=a.json:b vlm.stage2_data=a.json:b'
+    with pytest.raises(SettingsError, match='stage1_samples=0 of the preset paper means all that there is'): jobs(settings('paper', studies='align', given=given))
+    v = [j.run for j in jobs(settings('paper', studies='align', seeds=1, given=f'{given} vlm.stage1_samples=80000')) if j.kind == 'vlm']
+    assert {r.stage1_samples for r in v} == {10000}
+
 def row(seconds, before='new', what='clip', amount=128, threads=1, device='here', event='done'):
     return dict(event=event, kind='pretrain', preset='smoke', what=what, amount=amount, threads=threads, device=device, seconds=seconds, before=before)
 

@@ -8,15 +8,16 @@ from scipy.stats import t as student, ttest_1samp
 
 import clipdino.pretrain as pretrain, clipdino.probe as probe, clipdino.vlm as vlm, clipdino.vmcbench as vmcbench
 from clipdino.analysis import patch_colours
-from clipdino.core import SettingsError
+from clipdino.core import SettingsError, digest
 from clipdino.encoders import load_encoder
 from clipdino.questions import GROUPS, LETTERS, VISION
-from clipdino.study import CLAIMS, RESULTS, Effect, Results, abstract, aligned, along, collect, effect, judge, judgements, kinds_of_tasks, like, matched, measured, outcome, read_table, sensitivity, told, verdicts
+from clipdino.study import CLAIMS, RESULTS, Effect, Results, abstract, aligned, along, collect, deciding, effect, judge, judgements, kinds_of_tasks, like, matched, measured, outcome, read_table, sensitivity, told, verdicts
 from clipdino.world import render, scene
 from clipdino.worldvqa import WorldVQA
 
 OBJECTIVES, SEEDS, N = ('clip', 'dino', 'siglip', 'clip-lm', 'untrained'), (0, 1, 2), 1000
 QUESTIONS = WorldVQA('test', N, 48)
+OWN = {(k, o): digest(deciding(k, 'mini', o)[0]) for k, objectives in dict(pretrain=OBJECTIVES[:-1], probe=[''], analysis=[''], vlm=[''], vmcbench=['']).items() for o in objectives}  # settings of the preset
 
 def encoder(o, s): return f'random:clip-mini-s{s}' if o == 'untrained' else f'{o}-mini-s{s}'
 
@@ -28,23 +29,25 @@ def letters(share, seed):
 def write(folder, values={}, answers={}, spread=.003, drop=(), more=()):
     "Tables of made-up runs: values by (objective or variant, what), shares of right answers by objective or variant; `more`: (objective, variant), of an encoder if it has samples, images or captions, else of a VLM"
     g, runs, curves, probe, analysis, told = np.random.default_rng(0), [], [], [], [], []
+    def ran(run, kind, s, objective='', variant='', **more): runs.append(dict(version=RESULTS, run=run, kind=kind, preset='mini', objective=objective, seed=s, variant=variant, settings=variant or OWN[kind, objective], data='d', commit='c', device='cpu', **more))
     for k, (o, variant) in enumerate([(o, '') for o in OBJECTIVES] + list(more)):
         for s in SEEDS:
             own, noise, key = variant.startswith(('samples', 'images', 'captions')), lambda: spread*g.normal(), variant or o
             e, w = encoder(o, s) + f'-{variant.replace(" ", "-")}'*own, f'w{o}{s}' + variant*own
-            if o != 'untrained' and (own or not variant): runs.append(dict(version=RESULTS, run=e, kind='pretrain', preset='mini', objective=o, seed=s, of='', variant=variant, settings=o, data='d', weights=w, commit='c', device='cpu'))
-            runs.append(dict(version=RESULTS, run=f'vlm-{o}-{s}-{variant}', kind='vlm', preset='mini', objective='', seed=s, of=e, variant='' if own else variant, settings='v', data='d', weights=w, commit='c', device='cpu'))
+            if o != 'untrained' and (own or not variant): ran(e, 'pretrain', s, o, variant, of='', weights=w)
+            ran(f'vlm-{o}-{s}-{variant}', 'vlm', s, variant='' if own else variant, of=e, weights=w)
+            for kind in ('probe', 'analysis')*(own or not variant) + ('vmcbench',): ran(f'{kind}-{o}-{s}-{variant}', kind, s, of=e, weights='')
             if (o, s) in drop: continue
             if own or not variant:
                 if o != 'untrained': curves += [dict(run=e, objective=o, preset='mini', seed=s, settings='', data='d', commit='c', device='cpu', samples=n, split='val', task='object', readout='linear', accuracy=f*values.get((key, 'object'), .8)) for n, f in ((98304, .9), (196608, 1))]
                 for task, usual in ('object', .8), ('within families', .6), ('word', .5), ('colour', .5), ('style', .5):
                     v = values.get((key, task), usual if o != 'untrained' else .2) + noise()
-                    probe += [dict(encoder=e, weights=w, commit='c', task=task, how=how, value=v, low=v - .002, high=v + .002, chance=.01, pictures=4096) for how in ('linear', 'knn')]
+                    probe += [dict(run=f'probe-{o}-{s}-{variant}', encoder=e, weights=w, commit='c', task=task, how=how, value=v, low=v - .002, high=v + .002, chance=.01, pictures=4096) for how in ('linear', 'knn')]
                 for what, row, usual in ('sensitivity', 'object', 1.), ('sensitivity', 'word', .5), ('sensitivity', 'colour', .5), ('sensitivity', 'style', .5), ('similarity', 'symbol', .8):
                     v = values.get((key, row), usual) + noise()
-                    analysis.append(dict(encoder=e, what=what, row=row, value=v, low=v - .01, high=v + .01, commit='c'))
+                    analysis.append(dict(run=f'analysis-{o}-{s}-{variant}', encoder=e, weights=w, what=what, row=row, value=v, low=v - .01, high=v + .01, commit='c'))
             share = answers.get((o, variant), answers.get(key, answers.get(o, lambda c: .3 if o == 'untrained' else .6)))
-            told.append(dict(run=f'score-{o}-{s}-{variant}', vlm=f'vlm-{o}-{s}-{variant}', encoder=e, encoder_weights=w, llm='world', preset='mini', seed=s, blind=False, weights='', questions=QUESTIONS.name, fingerprint=QUESTIONS.fingerprint,
+            told.append(dict(run=f'vmcbench-{o}-{s}-{variant}', vlm=f'vlm-{o}-{s}-{variant}', encoder=e, encoder_weights=w, llm='world', preset='mini', seed=s, blind=False, weights='', questions=QUESTIONS.name, fingerprint=QUESTIONS.fingerprint,
                              **dict.fromkeys(('letter', 'likely', 'calibrated'), letters(share, (s, k)))))
     for k, rows in dict(runs=runs, pretrain=curves, probe=probe, analysis=analysis, vmcbench=told).items(): pd.DataFrame(rows).to_csv(folder/f'{k}_mini.csv', index=False)
     pd.DataFrame([dict(questions=QUESTIONS.name, fingerprint=QUESTIONS.fingerprint, i=i, category=r['category'], answer=r['answer']) for i, r in enumerate(QUESTIONS.rows)]).to_csv(folder/'questions_mini.csv', index=False)
@@ -158,7 +161,7 @@ def test_results_on_real_sets_come_first(tmp_path):
 def test_questions_of_several_sets_are_not_mixed(tmp_path):
     folder = write(tmp_path)
     t, q = (read_table(folder/f'{k}_mini.csv') for k in ('vmcbench', 'questions'))
-    pd.concat([t, t.assign(run=t.run + '-dev', questions='dev', fingerprint='d', calibrated=t.calibrated.str[:100])]).to_csv(folder/'vmcbench_mini.csv', index=False)
+    pd.concat([t, t.assign(questions='dev', fingerprint='d', calibrated=t.calibrated.str[:100])]).to_csv(folder/'vmcbench_mini.csv', index=False)
     pd.concat([q, q[:100].assign(questions='dev', fingerprint='d')]).to_csv(folder/'questions_mini.csv', index=False)
     with pytest.raises(SettingsError, match=f"answered the questions dev and {QUESTIONS.name}; asked='' must be one of these"): Results('mini', folder).answers
     assert [len(Results('mini', folder, asked).questions) for asked in ('dev', QUESTIONS.name)] == [100, N]
@@ -191,10 +194,11 @@ def test_intervals_cover():
         hits += e.interval()[0] <= 0 <= e.interval()[1]
     assert hits >= 370
 
-def changed(folder, table, **values):
-    "The table with its first row changed"
+def changed(folder, table, where='', **values):
+    "The table with a run's rows changed, or its first row"
     t = pd.read_csv(folder/f'{table}_mini.csv', keep_default_na=False)
-    for k, v in values.items(): t[k] = t[k].astype(object); t.loc[0, k] = v
+    at = t.run == where if where else t.index[:1]
+    for k, v in values.items(): t[k] = t[k].astype(object); t.loc[at, k] = v
     t.to_csv(folder/f'{table}_mini.csv', index=False)
     return Results('mini', folder)
 
@@ -204,11 +208,38 @@ def test_results_that_are_refused(tmp_path):
     with pytest.raises(SettingsError, match='runs_mini.csv is not there'): Results('mini', tmp_path)
     with pytest.raises(SettingsError, match=f'version 9, and this code knows up to {RESULTS}'): changed(write(tmp_path), 'runs', version=9)
     with pytest.raises(SettingsError, match='has rows of small'): changed(write(tmp_path), 'runs', preset='small')
-    with pytest.raises(SettingsError, match='two rows about clip-mini-s1, with settings other and clip'): changed(write(tmp_path), 'runs', run='clip-mini-s1', settings='other')
+    with pytest.raises(SettingsError, match='two rows about clip-mini-s1, with settings other and '): changed(write(tmp_path), 'runs', run='clip-mini-s1', settings='other')
     with pytest.raises(SettingsError, match='speak of the encoder stranger, of which'): changed(write(tmp_path), 'probe', encoder='stranger').probe
     with pytest.raises(SettingsError, match='clip-mini-s0 has weights wclip0 in one table and zzz in another'): changed(write(tmp_path), 'probe', weights='zzz').probe
     with pytest.raises(SettingsError, match='clip-mini-s0 has weights wclip0 in one table and zzz in another'): changed(write(tmp_path), 'vmcbench', encoder_weights='zzz').answers
     with pytest.raises(SettingsError, match='speak of the VLM stranger, of which'): changed(write(tmp_path), 'vmcbench', vlm='stranger').answers
+
+def test_results_that_do_not_belong_together_are_refused(tmp_path):
+    with pytest.raises(SettingsError, match='probe-clip-0-: made with other settings than the preset mini stands for now'): changed(write(tmp_path), 'runs', settings='of an older preset', where='probe-clip-0-')
+    r = read_table(write(tmp_path, more=[('clip', 'connector=linear')])/'runs_mini.csv')
+    assert (r.variant == 'connector=linear').sum() == 3
+    with pytest.raises(SettingsError, match='made with other settings than connector=linear'): changed(tmp_path, 'runs', settings='other', where='vlm-clip-1-connector=linear')
+    with pytest.raises(SettingsError, match='clip-mini-s0 and dino-mini-s1 were trained on different data'): changed(write(tmp_path), 'runs', data='other', where='dino-mini-s1')
+    with pytest.raises(SettingsError, match='speak of the run analysis-dino-1-, of which'): changed(write(tmp_path), 'runs', run='analysis-renamed', where='analysis-dino-1-').analysis
+    with pytest.raises(SettingsError, match='clip-mini-s0 has weights wclip0 in one table and zzz in another'): changed(write(tmp_path), 'analysis', weights='zzz').analysis
+
+def test_a_run_that_read_another_layer_is_none_of_the_main_ones(tmp_path):
+    r = changed(write(tmp_path), 'runs', variant='layer=-2', settings='other', where='probe-clip-2-')
+    assert judge(r).set_index('claim').why['1'] == 'linear probe of object: clip has the seeds [0, 1] and dino has [0, 1, 2]' and 'layer=-2' in set(r.probe.variant)
+
+def test_answers_entered_twice_are_no_more_seeds(tmp_path):
+    folder = write(tmp_path)
+    t = read_table(folder/'vmcbench_mini.csv')
+    pd.concat([t, t]).to_csv(folder/'vmcbench_mini.csv', index=False)
+    assert judge(Results('mini', folder)).set_index('claim').why['5'].endswith('[0, 0, 1, 1, 2, 2]; they must have the same, each once')
+
+def test_untrained_encoders_of_two_objectives_are_one(tmp_path):
+    folder = write(tmp_path)
+    before = judge(Results('mini', folder))
+    for k in 'probe', 'vmcbench', 'analysis':
+        t = read_table(folder/f'{k}_mini.csv')
+        pd.concat([t, t[t.encoder.str.startswith('random:')].assign(encoder=lambda t: t.encoder.str.replace('clip', 'siglip'))]).to_csv(folder/f'{k}_mini.csv', index=False)
+    assert judge(Results('mini', folder)).equals(before)
 
 def test_a_missing_seed_is_said(tmp_path):
     t = judged(tmp_path, drop=[('dino', 2)])
@@ -224,12 +255,16 @@ def test_variants_are_not_mixed_with_the_main_runs(tmp_path):
     write(tmp_path, **AS_THE_PAPER)
     before = judge(Results('mini', tmp_path))
     runs, told = (pd.read_csv(tmp_path/f'{k}_mini.csv', keep_default_na=False) for k in ('runs', 'vmcbench'))
-    more = told[told.encoder.str.match('clip-mini|dino-mini')].assign(vlm=lambda t: t.vlm + '-wide', run=lambda t: t.run + '-wide')
+    more = told[told.encoder.str.match('clip-mini|dino-mini')].assign(vlm=lambda t: t.vlm + '-wide')
     more.loc[more.encoder.str.startswith('clip'), ['letter', 'likely', 'calibrated']] = letters(lambda c: .95, 9)
     pd.concat([told, more]).to_csv(tmp_path/'vmcbench_mini.csv', index=False)
     pd.concat([runs, runs[runs.run.isin(told.vlm[told.encoder.str.match('clip-mini|dino-mini')])].assign(run=lambda t: t.run + '-wide', variant='llm=world:wide')]).to_csv(tmp_path/'runs_mini.csv', index=False)
     after = judge(Results('mini', tmp_path)).set_index('claim')
     assert after.effect[list(before.claim[:-1])].tolist() == before.effect[:-1].tolist() and after.verdict['8'] == 'replicated' and after.effect['8'] > 20
+    same = told[told.encoder.str.match('(clip|dino)-mini-s[01]')].assign(vlm=lambda t: t.vlm + '-wide')
+    pd.concat([told, same]).to_csv(tmp_path/'vmcbench_mini.csv', index=False)
+    e = CLAIMS['8'].f(Results('mini', tmp_path))
+    assert (e.value, e.se, e.seeds) == (0, 0, (0, 0)), 'the same answers, of two of three seeds'
 
 def test_real_runs_become_tables(tmp_path, monkeypatch):
     "A chain of tiny runs, gathered twice and in two pieces"
