@@ -151,14 +151,14 @@ def minimise(f, w, h, tol:float, steps:int, memory:int=8): # f: (S, P), indices 
 
 def fit(x:Blocks, y:torch.Tensor, classes:int, l2, # strengths
         tol:float=1e-4, steps:int=200)->torch.Tensor: # (S, width + 1, K) in the basis of `x`
-    "Probes of all strengths: on an eighth of the rows in random order, then on all"
+    "Probes of all strengths: on an eighth of the rows in random order if these are many, then on all"
     l2 = torch.as_tensor(l2, dtype=torch.float32, device=x.device)
     h = 1/(torch.cat([x.values, x.values.new_ones(1)])/classes + torch.cat([l2[:, None].expand(-1, len(x.values)), l2[:, None]*0], 1))
     h = h[..., None].expand(-1, -1, classes).flatten(1)
     w, y = torch.zeros_like(h), y.to(x.device)
     shape = (-1, x.width + 1, classes)
     for n, t in ((len(x)//8, 100*tol), (len(x), tol)):
-        if n < 16*classes: continue
+        if n < min(16*classes, len(x)): continue  # too few to begin with; on all there is always a fit
         def f(w, on): return (lambda v, g: (v, g.flatten(1)))(*logistic(x, y, w.view(shape), l2[on], n))
         w, count = minimise(f, w, h, t, steps)
     return w.view(shape)

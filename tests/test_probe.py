@@ -11,7 +11,7 @@ import clipdino.analysis as analysis
 import clipdino.probe as probe
 from clipdino.core import CannotWrite, SettingsError, cache_dir
 from clipdino.encoders import load_encoder
-from clipdino.pretrain import pretrain, settings as pretrain_settings
+from clipdino.pretrain import Probe, labelled_task, pretrain, settings as pretrain_settings
 from helpers import shard
 
 ENCODER = 'random:clipdino_vit_smoke'
@@ -176,6 +176,15 @@ def test_folders_shifted_sets_and_maps(tmp_path):
     assert r['mine']['linear']['top1'] > .9 and r['cifar10.1']['linear']['pictures'] == 12 and r['cifar10.1']['linear']['setting'] == r['cifar10']['linear']['setting']
     assert r['maps of m']['miou'] > r['maps of m']['constant'] + .2
     with pytest.raises(SettingsError, match='scored with the probe of cifar10: put cifar10:PATH before it'): probe.probe(probe.settings('smoke', encoder=ENCODER, name='b', data=f'cifar10.1:{tmp_path}/c101'))
+
+@pytest.mark.parametrize('train', [5, 17])
+def test_few_pictures_per_class(tmp_path, train):
+    "After training and during it; settings are chosen by probes that were fitted"
+    picture_folder(tmp_path/'few', train=train)
+    r = probe.probe(probe.settings('smoke', encoder=ENCODER, data=f'{tmp_path}/few'))['tasks']['few']
+    assert r['linear']['top1'] > .9 and max(t['accuracy'] for t in r['tried']) > .9
+    during = Probe(labelled_task(f'{tmp_path}/few', 32, 'test'))(load_encoder(ENCODER).model, 32)
+    assert during['classes_linear'] > .9
 
 @pytest.mark.parametrize('given, said', [
     (dict(encoder='no-such-thing'), "'no-such-thing' names no encoder"),
