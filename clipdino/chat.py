@@ -287,13 +287,17 @@ TEMPLATES = dict(
            "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
     chatml="{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
+_DAY = dict(A='Friday', a='Fri', B='July', b='Jul', d='26', m='07', Y='2024', y='24', H='12', M='00', S='00')  # as strftime calls its parts
+_DATED = "{% set date_string = '26 Jul 2024' %}{% macro strftime_now(format) %}{{ format" + ''.join(f".replace('%{k}', '{v}')" for k, v in _DAY.items()) + ' }}{% endmacro +%}'
+
 def template_of(tokenizer, name:str='')->str:
-    "The template called `name`; if that is empty, the tokenizer's own"
+    "The template called `name`; if that is empty, the tokenizer's own, for which it is always the same day"
     if name: one_of('template', name, TEMPLATES)
     own = tokenizer.chat_template
     if isinstance(own, dict): own = own.get('default')
     check(name or own, f'the tokenizer has no chat template: give one of {", ".join(TEMPLATES)} as template')
-    return TEMPLATES[name] if name else own
+    if name: return TEMPLATES[name]
+    return _DATED*('date_string' in own or 'strftime_now' in own) + own
 
 # %% ../nbs/05_chat.ipynb #9e1688c6
 _INSTEAD = f'give one of {", ".join(TEMPLATES)} as template'
@@ -323,7 +327,7 @@ class Form:
         return digest(own, {k: str(v) for k, v in self.tokenizer.special_tokens_map.items()}, self.template, self.plain, self.bos, self.write([(_SAMPLE[:1], False)])[0])
 
     def _rendered(self, chats:list, **how)->list:
-        try: return self.tokenizer.apply_chat_template(chats, chat_template=self.template, tokenize=False, date_string='26 Jul 2024', **how) if chats else []  # some write the date
+        try: return self.tokenizer.apply_chat_template(chats, chat_template=self.template, tokenize=False, **how) if chats else []
         except TemplateError as e: raise SettingsError(f'the chat template can not write a conversation of user and assistant: {e}; {_INSTEAD}') from None
 
     def write(self, chats:list)->tuple: # (turns, whether there is a picture) of each -> texts, [(begin, end)] of the answers in each

@@ -1,6 +1,7 @@
 "Conversations: what is read from files, which tokens carry loss, and in which batches they come."
 import json, random
 from collections import Counter
+from datetime import datetime
 from itertools import accumulate
 
 import numpy as np
@@ -18,6 +19,9 @@ from clipdino.questions import Questions, prompt, squares
 QWEN2 = ("{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{{ '<|im_start|>system\nYou are helpful .<|im_end|>\n' }}{% endif %}"
          "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 LLAMA2 = "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+DATES = dict(  # what begins chat templates that write a date, and what it is to write
+    default=('{% if not date_string is defined %}{% if strftime_now is defined %}{% set date_string = strftime_now("%d %b %Y") %}{% else %}{% set date_string = "1 Jan 1970" %}{% endif %}{% endif %}{{ "On " + date_string + "; " }}', 'On 26 Jul 2024; '),
+    today=('\n\n{% macro head() %}{{ "On " + strftime_now("%A %a, %B %b %d, %y, %Y-%m-%d %H:%M:%S") + "; " }}{% endmacro %}{{ head() }}', f'\n\nOn {datetime(2024, 7, 26, 12):%A %a, %B %b %d, %y, %Y-%m-%d %H:%M:%S}; '))
 SPECIAL = '<pad>', '<s>', '</s>', '<image>', '<|im_start|>', '<|im_end|>'
 
 @pytest.fixture(autouse=True)
@@ -259,6 +263,14 @@ def test_targets_are_the_answers_and_their_ends(template, end, gap):
         for k in range(len(turns)):  # what a model is asked is how the conversation began
             ask, none = render(t, [*turns[:k], (turns[k][0], None)], picture, 5)
             assert (ids[:len(ask)] == ask).all() and (none == loss[:len(ask)]).all() and loss[len(ask)]
+
+@pytest.mark.parametrize('begin, date', DATES.values(), ids=DATES)
+def test_the_date_is_always_the_same(begin, date):
+    "As is what follows it"
+    conversation = [([('What?', 'A cat.'), ('Where?', None)], False)]
+    (got,), _ = chat.Form(pieces(begin + TEMPLATES['vicuna'])).write(conversation)
+    (undated,), _ = chat.Form(pieces(), 'vicuna').write(conversation)
+    assert got == date + undated
 
 @pytest.mark.parametrize('legacy', [True, False])
 def test_sentencepiece_and_characters_in_bytes(legacy):

@@ -11,12 +11,12 @@ import transformers
 from filelock import FileLock
 from helpers import context, group, start
 from PIL import Image
-from test_chat import said as turns, written
+from test_chat import DATES, said as turns, written
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
-from clipdino.chat import LlavaJson, TEMPLATES, render
+from clipdino.chat import Form, LlavaJson, TEMPLATES, render
 from clipdino.core import Metrics, SettingsError, generator
 from clipdino.encoders import load_encoder
 from clipdino.lm import small_lm
@@ -622,6 +622,17 @@ def test_padding_has_the_same_colour_in_training_and_after(tmp_path, mean):
     assert {files.picture(i).size[0] == files.picture(i).size[1] for i in range(len(files))} == {False}
     torch.testing.assert_close(e.prepare(files.batch(range(len(files)), e.size)), want, atol=1e-6, rtol=0)
     assert len({LlavaJson(path, folder, mean=m).pictures.fingerprint for m in (mean, (.5, .5, .5))}) == 2
+
+@pytest.mark.parametrize('begin, date', DATES.values(), ids=DATES)
+def test_the_date_is_the_same_in_training_and_after(tmp_path, begin, date):
+    "In what is saved, opened by transformers"
+    tokenizer = open_llm('world', 'smoke')[1]
+    tokenizer.chat_template = begin + TEMPLATES['vicuna']
+    make_processor(smoke('x'), load_encoder(TINY), tokenizer).save_pretrained(tmp_path)
+    (want,), _ = Form(tokenizer).write([([('What?', None)], True)])
+    content = [dict(type='image'), dict(type='text', text='What?')]
+    assert AutoProcessor.from_pretrained(tmp_path).apply_chat_template([dict(role='user', content=content)], add_generation_prompt=True) == want
+    assert want.startswith(date)
 
 # ---- what is refused
 
