@@ -125,9 +125,11 @@ def scene(seed:int, split:str, index:int, kinds:str='mixed')->Scene:
     one_of('kinds', kinds, ('mixed', *KINDS))
     return from_draws(draw(seed, split, index)[0], kinds)
 
+_ONLY = dict(texture=('object', 'placed'), count=('several',), object=('object', 'placed', 'sign', 'several'))  # kinds that draw a factor; a diagram's second object would change with its first
+
 def counterfactual(s:Scene, factor:str, value=None)->Scene: # a name from FACTORS[factor]; None picks another than the scene's
     "The same scene with one factor changed"
-    changeable = [f for f in FACTORS if f not in ('family', 'kind') and s.label(f) >= 0]
+    changeable = [f for f in FACTORS if f not in ('family', 'kind') and s.label(f) >= 0 and s.kind in _ONLY.get(f, KINDS)]
     check(factor in changeable, f'factor={factor!r} is not one that a scene of kind {s.kind} can change: {", ".join(changeable)}')
     names = FACTORS[factor]
     if value is None: return replace(s, **{factor: (s.label(factor) + 1 + pick(s.u[12], len(names) - 1)) % len(names)})
