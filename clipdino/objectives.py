@@ -110,7 +110,7 @@ class LastBlock(Block):
 def make_encoder(arch:str, # a timm ViT
                  image_size:int, # px
                  seed:int, drop_path:float=0.)->nn.Module: # of the last block, rising linearly from 0 at the first
-    "A ViT that returns its class token, with weights that depend on `arch`, `image_size` and `seed` alone"
+    "A ViT that returns its class token, with weights that depend on `arch`, `image_size`, `seed` and torch's default precision alone"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, 2).initial_seed())
         encoder = timm.create_model(arch, num_classes=0, img_size=image_size, dynamic_img_size=True)
@@ -191,7 +191,7 @@ def text_config(name:str, unlocked:int):
     return config
 
 class PretrainedText(nn.Module):
-    "A pre-trained language model as text tower, its last `unlocked` layers trained"
+    "A pre-trained language model as text tower, its last `unlocked` layers trained, and a linear map into the joint space (open_clip's default is an MLP)"
     def __init__(self, name:str, unlocked:int, context:int, dim:int):
         super().__init__()
         config, folder = text_config(name, unlocked), text_folder(name)
