@@ -29,6 +29,7 @@ from .core import Progress, SettingsError, cache_dir, check, digest, mix, permut
 # %% ../nbs/01_data.ipynb #bc7bc5b8
 class BadData(RuntimeError):
     "Too many samples are broken; the message says how many and why"
+    def __init__(self, why:str): super().__init__(why.rpartition('BadData: ')[2].rstrip())  # torch hands on what a loader process raised at the end of a traceback
 
 class BadSample(ValueError):
     "One sample can't be used; the message is the reason"

@@ -8,11 +8,11 @@ __all__ = ['OBJECTIVES', 'DISTILS', 'SMOKE', 'MINI', 'SMALL', 'PAPER', 'VIEW_SET
            'validate', 'launched', 'world_size', 'reads_captions', 'check_inputs', 'settings', 'make_objective',
            'dtype_of', 'seeded', 'one_view', 'two_views', 'view_groups', 'make_source', 'param_groups', 'schedule',
            'features', 'world_tasks', 'labelled_task', 'Probe', 'state_tensors', 'tensors_digest', 'save_state',
-           'load_state', 'use_compile', 'clip_gradients', 'NonFinite', 'check_settings', 'make_probe', 'accelerator',
-           'on_main', 'agree', 'Parts', 'Trainer', 'last_scores', 'Watch', 'fit', 'cost', 'Blank', 'seconds_per_image',
-           'costs', 'show_costs', 'ahead', 'export_encoder', 'open_encoder', 'ranks', 'retrieval', 'final_scores',
-           'finish', 'complete', 'only_one', 'train', 'pretrain', 'arguments', 'spawn', 'program', 'main', 'collect',
-           'recipe', 'show_samples', 'show_views', 'show_curves', 'show_learning']
+           'load_state', 'use_compile', 'clip_gradients', 'NonFinite', 'check_settings', 'make_probe', 'precision_of',
+           'accelerator', 'on_main', 'agree', 'Parts', 'Trainer', 'last_scores', 'Watch', 'fit', 'cost', 'Blank',
+           'seconds_per_image', 'costs', 'show_costs', 'ahead', 'export_encoder', 'open_encoder', 'ranks', 'retrieval',
+           'final_scores', 'finish', 'complete', 'only_one', 'train', 'pretrain', 'arguments', 'spawn', 'program',
+           'main', 'collect', 'recipe', 'show_samples', 'show_views', 'show_curves', 'show_learning']
 
 # %% ../nbs/02_pretrain.ipynb #568ea07d
 import argparse, hashlib, inspect, json, math, os, re, shutil, subprocess, sys, tempfile, textwrap, time
@@ -148,7 +148,8 @@ _CHOICES = dict(preset=PRESETS, captions=POLICIES, augment=('device', 'workers')
                 clip_per=('model', 'parameter'), tracker=('', 'tensorboard', 'wandb'))
 _LEAST = dict(seed=0, batch=2, micro=0, processes=0, images=2, canvas=16, workers=0, local_crops=0, probes=0, unlocked=0, dim=1, text_width=2, text_layers=1, context=4, prototypes=2, head_hidden=1, bottleneck=1,
               save_every=1, lr=0, min_lr=0, weight_decay=0, weight_decay_end=0, clip_weight=0, dino_weight=0)
-_SHARES = 'warmup', 'max_bad', 'momentum', 'warmup_teacher', 'centre_momentum', 'freeze_last', 'drop_path', 'beta2'
+_SHARES = 'warmup', 'max_bad', 'momentum', 'warmup_teacher', 'centre_momentum', 'freeze_last'
+_BELOW_1 = 'drop_path', 'beta2'
 _POSITIVE = 'eps', 'clip_grad', 'student_temp', 'teacher_temp', 'warmup_teacher_temp'
 
 def validate(run:Pretrain):
@@ -158,6 +159,7 @@ def validate(run:Pretrain):
     for f, allowed in dict(objective=(*OBJECTIVES, *OWN), **_CHOICES).items(): one_of(f, v(f), allowed)
     for f, low in _LEAST.items(): check(v(f) >= low, f'{f}={v(f)} must be at least {low}')
     for f in _SHARES: check(0 <= v(f) <= 1, f'{f}={v(f)} must be from 0 to 1')
+    for f in _BELOW_1: check(0 <= v(f) < 1, f'{f}={v(f)} must be at least 0 and below 1')
     for f in _POSITIVE: check(v(f) > 0, f'{f}={v(f)} must be above 0')
     check(run.samples >= run.batch, f'samples={run.samples} must be at least one batch, {run.batch}')
     check(0 < run.crop_min <= 1, f'crop_min={run.crop_min} must be above 0 and at most 1')
@@ -187,6 +189,9 @@ def check_inputs(run:Pretrain):
     "Refuse a run that can't be split over its processes, or whose shards or text model are not there"
     check(run.data != '', f'the preset {run.preset} trains on image-text shards: give them with -p data')
     check(not run.eval_data or reads_captions(run.objective), f'eval_data is for objectives that read captions, and {run.objective} reads none')
+    if run.data != 'world':
+        usual = settings(run.preset, run.objective)
+        for f in ('captions', 'images'): check(getattr(run, f) == getattr(usual, f), f'{f}={getattr(run, f)} is for data=world; shards have the {f} that are in them')
     n = world_size(run)
     check(run.batch % n == 0, f'batch={run.batch} must be a multiple of the {n} processes')
     check(launched() or run.processes <= (torch.cuda.device_count() or run.processes), f'processes={run.processes}, but this machine has {torch.cuda.device_count()} GPUs for them')
@@ -398,8 +403,8 @@ class NonFinite(RuntimeError): "A loss or gradient that is not finite"
 FREE = 'workers', 'save_every', 'tracker', 'max_bad'  # settings that change nothing in what a run ends with, and so may change when it continues
 ROUNDING = 'micro', 'processes'  # these change the order of sums, and nothing else
 
-def check_settings(folder:Path, run:Pretrain, fingerprint:str):
-    "Refuse to continue a run with other settings or data; note them when it is new"
+def check_settings(folder:Path, run:Pretrain, fingerprint:str, precision:str=''): # what training is in: fp32, bf16 or fp64
+    "Refuse to continue a run with other settings, data or precision; note them when it is new"
     path, now = folder/'settings.json', dict(asdict(run), fingerprint=fingerprint)
     if path.exists():
         then = {**{f.name: f.default for f in fields(run)}, **read_json(path)}  # a setting that is newer than the run had its default
@@ -407,7 +412,9 @@ def check_settings(folder:Path, run:Pretrain, fingerprint:str):
         rounding = [other.pop(k) for k in ROUNDING if k in other]
         check(not other, f'{folder.name} was begun with other settings: {"; ".join(other.values())}; give the new run another name')
         if rounding: say(f'{"; ".join(rounding)}: sums are taken in another order, so the end will differ from an unbroken run by rounding')
-    else: write_json(path, dict(now, environment=environment()))
+        begun = then.get('environment', {}).get('precision', precision)  # runs that are older than this note have none
+        check(precision in ('', begun), f'{folder.name} was begun in {begun}, and precision={run.precision} means {precision} on this machine; continue it on one like the first, or give the new run another name')
+    else: write_json(path, dict(now, environment=dict(environment(), **({'precision': precision} if precision else {}))))
 
 def make_probe(run:Pretrain, split:str='val'):
     "The run's probe: its labelled set, or the world's tasks for runs on the world; None if it wants none"
@@ -418,11 +425,15 @@ def make_probe(run:Pretrain, split:str='val'):
 # %% ../nbs/02_pretrain.ipynb #a4b304f3
 _PATIENCE = timedelta(hours=1)  # that processes wait for the first one while it probes, saves or exports; torch's ten minutes would end the run
 
+def precision_of(run:Pretrain)->str:
+    "What `auto` means on this machine: bf16 on a GPU that has it, else fp32"
+    if run.precision != 'auto': return run.precision
+    return 'bf16' if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else 'fp32'
+
 def accelerator(run:Pretrain, folder:Path)->Accelerator:
     "Devices, processes, precision and tracker"
-    half = run.precision == 'bf16' or run.precision == 'auto' and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = world_size(run) > 1 and launched() and not torch.accelerator.is_available()  # accelerate would take each process for a run of its own
-    acc = Accelerator(cpu=cpu, mixed_precision='bf16' if half else 'no', log_with=run.tracker or None, project_dir=str(folder),
+    acc = Accelerator(cpu=cpu, mixed_precision='bf16' if precision_of(run) == 'bf16' else 'no', log_with=run.tracker or None, project_dir=str(folder),
                       kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=_PATIENCE)])
     check(acc.num_processes == world_size(run) or not launched(), f'{world_size(run)} processes were launched, but on {acc.device} each would be alone')
     return acc
@@ -448,7 +459,7 @@ class Parts:
         self.run, self.folder, self.environment = run, folder, environment()
         self.source = make_source(run) if source is None else source
         self.acc = acc or accelerator(run, folder)
-        on_main(self.acc, lambda: check_settings(folder, run, self.source.fingerprint))
+        on_main(self.acc, lambda: check_settings(folder, run, self.source.fingerprint, precision_of(run)))
         if run.tracker: self.acc.init_trackers('clipdino', asdict(run))
         ranks, dtype = self.acc.num_processes, torch.float64 if run.precision == 'fp64' else torch.float32
         check(run.batch % ranks == 0, f'batch={run.batch} must be a multiple of the {ranks} processes')
@@ -466,6 +477,7 @@ class Parts:
         self.add_views = AddViews(view_groups(run), run.seed, MEAN, STD, dtype)
         self.probe = make_probe(run) if self.acc.is_main_process else None
         self.watch = Watch(self.objective)
+        self.settled = self.acc.num_processes == 1
 
     @property
     def encoder(self)->nn.Module: return getattr(self.objective, self.objective.exported)
@@ -491,10 +503,17 @@ class Trainer(Parts):
         self.acc.backward(out['loss'])
         return out
 
+    def settle(self, batch):
+        "A pass that is thrown away: after its first one, DDP arranges gradients anew for their sums, which three processes or more then take in another order; so no step of a run, begun or continued, may be that one"
+        self.gradients(batch)
+        self.opt.zero_grad()
+        self.settled = True
+
     def update(self, batch)->dict:
         "One step: loss, gradient, update; the numbers worth logging, of the whole batch. The device is never waited for"
         run = self.run
         for g in self.opt.param_groups: g.update({k: v if k == 'lr' or g['decays'] else 0. for k, v in schedule(run, self.step/run.steps).items()})
+        if not self.settled: self.settle(batch)
         out = self.gradients(batch)
         norm = clip_gradients(self.params, run.clip_grad, run.clip_per)
         values = torch.stack([v.detach().to(self.failed.dtype) for v in out.values()])
@@ -585,7 +604,7 @@ GPUS = {'H100': 989, 'A100': 312, 'RTX 4090': 165, 'L4': 121}  # dense bf16 TFLO
 
 def cost(run:Pretrain)->dict:
     "GFLOP per image, forward and backward; GB of weights with gradients and moments; MB of activations per image, in single precision. Captions are taken as long as can be"
-    with torch.device('meta'): o = make_objective(run).train()
+    with torch.device('meta'): o = make_objective(replace(run, micro=0)).train()
     def step(n):
         views = [torch.empty(len(g)*n, 3, g[0].size, g[0].size, device='meta') for g in view_groups(run)]
         tokens = torch.zeros((n, 2, run.context) if run.objective == 'clip-lm' else (n, run.context), dtype=torch.int64, device='meta')
@@ -673,14 +692,18 @@ def ranks(queries, keys, batch:int=256)->torch.Tensor: # (n, D), (n, D) -> (n,)
 
 @torch.inference_mode()
 def retrieval(trainer, source, batch:int=256)->dict:
-    "Image-text retrieval on held-out pairs: recall@1, 5, 10 both ways, with one caption per image"
+    "Image-text retrieval on held-out pairs: recall@1, 5, 10 both ways, with one caption per image, and how many pairs were left out as bad"
     o, device, xs, ts = trainer.objective.eval(), trainer.acc.device, [], []
     for i in range(0, len(source), batch):
-        images, hw, captions, _ = source.batch(np.arange(i, min(i + batch, len(source))))
-        xs.append(o.embed_image(centre(torch.from_numpy(images).to(device), torch.as_tensor(hw, device=device), trainer.run.image_size, MEAN, STD).to(o.proj.weight.dtype)))
-        ts.append(o.embed_text(o.text.tokenize(captions).to(device)))
+        ids = np.arange(i, min(i + batch, len(source)))
+        images, hw, captions, bad = source.batch(ids)
+        bad = {key for key, _ in bad}
+        good = [j for j, k in enumerate(ids.tolist()) if not bad or source.key(k) not in bad]  # in place of the others are pairs that come again
+        if not good: continue
+        xs.append(o.embed_image(centre(torch.from_numpy(images[good]).to(device), torch.as_tensor(hw[good], device=device), trainer.run.image_size, MEAN, STD).to(o.proj.weight.dtype)))
+        ts.append(o.embed_text(o.text.tokenize([captions[j] for j in good]).to(device)))
     xs, ts = torch.cat(xs), torch.cat(ts)
-    out = dict(pairs=len(xs))
+    out = dict(pairs=len(xs), bad=len(source) - len(xs))
     for way, q, k in ('image_to_text', xs, ts), ('text_to_image', ts, xs):
         rank = ranks(q, k, batch)
         out |= {f'{way}_recall@{k}': (rank < k).float().mean().item() for k in (1, 5, 10)}
@@ -696,7 +719,7 @@ def final_scores(t:Trainer)->dict:
     def interval(k):
         images = n[k.rsplit('_', 1)[0]]
         return [float(v) for v in binomtest(round(scores[k]*images), images).proportion_ci(method='wilson')]
-    untrained = make_encoder(run.arch, run.image_size, run.seed).to(t.acc.device)
+    with dtype_of(run): untrained = make_encoder(run.arch, run.image_size, run.seed).to(t.acc.device)
     return dict(test=scores, test_interval={k: interval(k) for k in scores}, test_images=n, untrained=probe(untrained, run.image_size))
 
 def finish(t:Trainer, scores:dict, seconds:float)->dict: # last accuracies of the in-training probe
@@ -710,7 +733,7 @@ def finish(t:Trainer, scores:dict, seconds:float)->dict: # last accuracies of th
                   images_per_s=float(np.median([r['images_per_s'] for r in rows])), waited=float(np.median([r['waited'] for r in rows])), seconds_of_last_start=seconds, trouble=t.watch.said,
                   val=scores, **final_scores(t))
     if run.eval_data: result['retrieval'] = retrieval(t, Shards(run.eval_data, run.canvas))
-    result |= dict(data=dict(bad, fingerprint=t.source.fingerprint), environment=dict(t.environment, processes=t.acc.num_processes))
+    result |= dict(data=dict(bad, fingerprint=t.source.fingerprint), environment=dict(t.environment, processes=t.acc.num_processes, precision=precision_of(run)))
     write_json(folder/'result.json', result)
     for old in folder.glob('state-*.safetensors'): old.unlink()
     return result
@@ -759,18 +782,18 @@ def spawn(run:Settings, folder:Path, module:str='clipdino.pretrain', options:lis
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={world_size(run)}', '-m', module, *(options or arguments(run))]
     package = str(Path(inspect.getfile(Settings)).parent.parent)
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([package, *filter(None, [os.environ.get('PYTHONPATH')])]))
-    tail = []
-    with subprocess.Popen(command, env=env, cwd=folder.parent.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as p:
+    tail, said = [], []
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as p:
         try:
             for line in p.stdout:
-                tail = [*tail[-50:], line.rstrip()]
+                tail = [*tail[-14:], line.rstrip()]
+                if line.startswith(REFUSED): said.append(tail[-1].removeprefix(REFUSED))
                 if not re.match(r'[WEI]\d{4} ', line): say(line.rstrip())  # torchrun's own log
         except BaseException:  # interrupted: the processes go with the cell
             p.terminate()
             raise
-    said = [l.removeprefix(REFUSED) for l in tail if l.startswith(REFUSED)]
     if said: raise RuntimeError(said[0])
-    if p.returncode: raise RuntimeError(f'a process of {folder.name} ended with code {p.returncode}:\n' + '\n'.join(tail[-15:]))
+    if p.returncode: raise RuntimeError(f'a process of {folder.name} ended with code {p.returncode}:\n' + '\n'.join(tail))
     return read_json(folder/'result.json')
 
 REFUSED = 'clipdino stops: '

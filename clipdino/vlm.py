@@ -42,7 +42,7 @@ from .core import Metrics, PRESETS, Progress, Settings, check, digest, environme
 from .encoders import Encoder, HFEncoder, OpenClipEncoder, TimmEncoder, folder_of, load_encoder, reading
 from .lm import settings as lm_settings, small_lm
 from .objectives import layers_of
-from .pretrain import NonFinite, accelerator, agree, arguments, check_settings, complete, launched, load_state, on_main, only_one, program, save_state, spawn, tensors_digest, world_size
+from .pretrain import NonFinite, accelerator, agree, arguments, check_settings, complete, launched, load_state, on_main, only_one, precision_of, program, save_state, spawn, tensors_digest, world_size
 from .probe import features, patch_tokens, slug
 from .questions import CATEGORIES, LETTERS, VISION, prompt
 from .world import POLICIES
@@ -102,7 +102,8 @@ class VLMRun(Settings):
         for f, low in dict(seed=0, canvas=16, image_tokens=0, lora=0, stage1_samples=0, stage1_batch=1, stage2_samples=0, stage2_batch=1, context=8, questions=0, micro=0, processes=0, save_every=1).items():
             check(getattr(self, f) >= low, f'{f}={getattr(self, f)} must be at least {low}')
         for f in ('stage1_lr', 'stage2_lr', 'lm_lr', 'weight_decay', 'clip_grad'): check(0 <= getattr(self, f) < math.inf, f'{f}={getattr(self, f)} must be a finite number, 0 or above')
-        for f in ('warmup', 'beta2', 'max_bad'): check(0 <= getattr(self, f) <= 1, f'{f}={getattr(self, f)} must be from 0 to 1')
+        for f in ('warmup', 'max_bad'): check(0 <= getattr(self, f) <= 1, f'{f}={getattr(self, f)} must be from 0 to 1')
+        check(0 <= self.beta2 < 1, f'beta2={self.beta2} must be at least 0 and below 1')
         check(self.layer != 0, 'layer=0 is none: blocks count from 1, or from -1 backwards')
         check(math.isqrt(self.image_tokens)**2 == self.image_tokens, f'image_tokens={self.image_tokens} must be a square number, as 64, 144 or 196')
         check(not self.image_tokens or self.connector in ('pool', 'resampler'), f'image_tokens is for the connectors pool and resampler; {self.connector} makes one token of each patch')
@@ -521,7 +522,7 @@ class Parts:
         self.batches = [Batches(c, self.tokenizer, picture_tokens(run, self.encoder), run.of(k, 'batch'), run.seed, run.context, plain=k == 1, template=run.template) for k, c in enumerate(self.chats, 1)]
         data = digest(self.fingerprint, tensors_digest({k: v.cpu() for k, v in self.reader.state_dict().items() if not k.startswith('connector.')}), *(b.fingerprint for b in self.batches))
         agree(acc, data=data)
-        on_main(acc, lambda: check_settings(folder, run, data))  # only now, so that no setting is noted that is refused
+        on_main(acc, lambda: check_settings(folder, run, data, precision_of(run)))  # only now, so that no setting is noted that is refused
         self.seen = [Seen(self.encoder, c.pictures, run) for c in self.chats]  # of several processes one makes the features, and the others wait for it at their lock
 
     def build(self):
@@ -609,7 +610,7 @@ def finish(p:Parts, stages:list, begun:float)->dict:
     result = dict(name=run.folder_name, preset=run.preset, seed=run.seed, llm=run.llm, connector=run.connector, encoder=dict(name=e.name, fingerprint=p.fingerprint, size=e.size, dim=e.dim, patches=math.prod(e.grid)),
                   tower=type(p.vlm.model.vision_tower).__name__, image_tokens=picture_tokens(run, e), parameters={k: sum(v.numel() for v in m.parameters()) for k, m in (('tower', p.vlm.model.vision_tower), ('connector', p.reader.connector), ('lm', p.reader.lm))},
                   stages=[dict(seen=s.steps*run.of(s.k, 'batch'), loss=[r['loss'] for r in rows if r['stage'] == s.k][-1], **s.batches.counts(), unusable=dict(p.chats[s.k - 1].missing)) for s in stages],
-                  seconds_of_last_start=time.time() - begun, environment=dict(p.environment, processes=p.acc.num_processes))
+                  seconds_of_last_start=time.time() - begun, environment=dict(p.environment, processes=p.acc.num_processes, precision=precision_of(run)))
     if held:
         right = held()
         by = pd.Series(right).groupby([r['category'] for r in held.questions.rows]).mean()

@@ -9,8 +9,8 @@ from helpers import shard, start
 
 import clipdino.analysis as analysis, clipdino.core as core, clipdino.probe as probe, clipdino.vmcbench as vmcbench
 from clipdino.core import CannotWrite, Metrics, SettingsError, whole
-from clipdino.data import BadData
-from clipdino.pretrain import Trainer, fit, pretrain, settings, train
+from clipdino.data import BadData, Shards
+from clipdino.pretrain import Trainer, fit, pretrain, retrieval, settings, train
 
 @pytest.fixture
 def top(tmp_path, monkeypatch):
@@ -38,10 +38,11 @@ def test_bad_samples_are_counted_replaced_and_listed(top, share):
     assert {r['key'] for r in rows} == {f'0.tar/{i:06d}' for i in broken}  # two epochs have met each of them
     assert 2*len(broken) - 3 <= len(rows) <= 2.5*len(broken) + 2  # once an epoch, and now and then as a replacement
 
-@pytest.mark.parametrize('share,message', [(.1, r'max_bad=0.05 allows 5.0%\), mostly: undecodable image; bad.jsonl lists them'), (1., 'and the 16 that could replace it are all bad, mostly: undecodable image')])
-def test_too_many_bad_samples_stop_the_run(top, share, message):
+@pytest.mark.parametrize('share,message', [(.1, r'max_bad=0.05 allows 5.0%\), mostly: undecodable image; bad.jsonl lists them'), (1., '^sample 0.tar/[0-9]+ and the 16 that could replace it are all bad, mostly: undecodable image$')])
+@pytest.mark.parametrize('workers', [0, 1])
+def test_too_many_bad_samples_stop_the_run(top, share, message, workers):
     shard(top/'0.tar', 0, 300, range(0, 300, round(1/share)))
-    with pytest.raises(BadData, match=message): pretrain(smoke(data='0.tar', samples=300))
+    with pytest.raises(BadData, match=message): pretrain(smoke(data='0.tar', samples=300, workers=workers))
     assert not Path('runs/x/result.json').exists()
 
 def test_a_run_with_too_many_bad_samples_goes_on_if_they_are_allowed(top):
@@ -51,6 +52,14 @@ def test_a_run_with_too_many_bad_samples_goes_on_if_they_are_allowed(top):
     with pytest.raises(BadData): pretrain(smoke(**given))
     on, new = (pretrain(smoke(**given, max_bad=.2, name=name)) for name in ('x', 'y'))
     assert on['loss'] == new['loss'] and on['data'] == new['data'] and on['data']['max_bad'] == .2
+
+def test_bad_pairs_are_left_out_of_retrieval(top):
+    "The same numbers as from shards without them"
+    shard(top/'0.tar', 0, 20, (3, 11))
+    for k, (a, n) in enumerate(((0, 3), (4, 7), (12, 8))): shard(top/f'good{k}.tar', a, n)
+    t = Trainer(smoke(), Path('.'))
+    found, want = (retrieval(t, Shards(spec, 32), batch=7) for spec in ('0.tar', 'good*.tar'))
+    assert found.pop('bad') == 2 and want.pop('bad') == 0 and found == want and want['pairs'] == 18
 
 def test_changed_data_are_refused(top):
     "The same names and counts, other bytes"

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from clipdino.core import SettingsError
-from clipdino.pretrain import OBJECTIVES, NonFinite, Trainer, accelerator, ahead, check_settings, finish, fit, open_encoder, pretrain, ranks, settings, state_tensors, tensors_digest
+from clipdino.core import SettingsError, read_json, write_json
+from clipdino.pretrain import OBJECTIVES, NonFinite, Trainer, accelerator, ahead, check_settings, complete, cost, final_scores, finish, fit, open_encoder, pretrain, ranks, settings, state_tensors, tensors_digest
 
 def smoke(objective, name, **given): return settings('smoke', objective, **{'name': name, 'probes': 0, 'save_every': 32, **given})
 
@@ -92,6 +92,35 @@ def test_other_settings_are_refused(tmp_path):
     t = trained(run, tmp_path)
     check_settings(tmp_path, replace(run, workers=3), t.source.fingerprint)  # changes nothing in what a run ends with
     with pytest.raises(SettingsError, match='was begun with other settings: lr was 0.001 and is now 0.1'): check_settings(tmp_path, replace(run, lr=.1), t.source.fingerprint)
+
+def test_another_precision_is_refused(tmp_path, monkeypatch):
+    "As of a run that began on a GPU with bf16; a run that is older than the note goes on"
+    run, note = smoke('clip', 'x'), tmp_path/'settings.json'
+    cut(run, tmp_path, 3)
+    new, acc = read_json(note), accelerator(run, tmp_path)
+    assert new['environment'].pop('precision') == 'fp32'
+    with monkeypatch.context() as m:
+        m.setattr('clipdino.pretrain.precision_of', lambda run: 'bf16')
+        with pytest.raises(SettingsError, match='was begun in fp32, and precision=auto means bf16 on this machine; continue it on one like the first'): Trainer(run, tmp_path, acc)
+        write_json(note, new)
+        assert Trainer(run, tmp_path, acc).step == 2
+    result = finish(trained(run, tmp_path), {}, 0.)
+    assert result['environment']['precision'] == 'fp32' and complete(tmp_path, run) == result
+
+@pytest.mark.parametrize('precision', ['fp32', 'fp64'])
+def test_the_untrained_encoder_is_the_one_that_a_run_began_as(tmp_path, monkeypatch, precision):
+    class Sees(list):
+        sets = {}
+        def __call__(self, encoder, size): return self.append(encoder) or {}
+    t, probed = Trainer(smoke('dino', 'x', precision=precision), tmp_path), Sees()
+    monkeypatch.setattr('clipdino.pretrain.make_probe', lambda *a: probed)
+    final_scores(t)
+    trained, untrained = probed
+    assert trained is t.encoder and all(torch.equal(v, t.encoder.state_dict()[k]) for k, v in untrained.state_dict().items())
+
+@pytest.mark.parametrize('objective', ['clip', 'hybrid'])
+def test_costs_do_not_depend_on_the_parts_of_a_batch(objective):
+    assert cost(smoke(objective, 'x', micro=3)) == cost(smoke(objective, 'x')) and cost(smoke(objective, 'x'))['activations_mb'] > 0
 
 def test_learning_beats_the_start(tmp_path):
     "A few epochs of a few pictures: the contrastive losses fall (DINO's target moves, so its loss says nothing)"

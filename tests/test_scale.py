@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import group
+from helpers import group, shard
 
 from clipdino.core import SettingsError, mix
-from clipdino.pretrain import OBJECTIVES, Trainer, accelerator, arguments, check_inputs, main, pretrain, settings, state_tensors
+from clipdino.pretrain import OBJECTIVES, Trainer, accelerator, arguments, check_inputs, main, pretrain, settings, spawn, state_tensors
 
 root = Path(__file__).parent.parent
 DINOS = dict(dino={}, dino_norm=dict(head_norm=True), dino_no_locals=dict(local_crops=0, freeze_last=0.))
@@ -74,21 +74,32 @@ def test_drop_path_drops_and_depends_on_the_sample_alone():
     assert len(encoder.eval()(x).unique(dim=0)) == 1
 
 def test_a_notebook_starts_processes(tmp_path, monkeypatch):
+    "Which find what it finds from its own folder"
     results = []
+    shard(tmp_path/'0.tar', 0, 60)
     monkeypatch.delenv('IN_TEST', raising=False)
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     for n in 1, 2:
-        (tmp_path/f'{n}').mkdir()
+        (tmp_path/f'{n}/nbs').mkdir(parents=True)
         (tmp_path/f'{n}/settings.ini').touch()
-        monkeypatch.chdir(tmp_path/f'{n}')
-        results.append(pretrain(settings('smoke', 'siglip', name='x', processes=n)))
+        monkeypatch.chdir(tmp_path/f'{n}/nbs')
+        results.append(pretrain(settings('smoke', 'siglip', name='x', processes=n, data='../../*.tar')))
     one, two = results
+    monkeypatch.chdir('..')
     assert two['environment']['processes'] == 2 and two['loss'] == pytest.approx(one['loss'], rel=1e-5)
     assert sorted(p.name for p in Path('runs/x').iterdir()) == ['.lock', 'bad.jsonl', 'config.json', 'metrics.jsonl', 'model.safetensors', 'objective.safetensors', 'result.json', 'settings.json']
-    with pytest.raises(SettingsError, match='seed was 0 and is now 1'): pretrain(settings('smoke', 'siglip', name='x', processes=2, seed=1))
+    with pytest.raises(SettingsError, match='seed was 0 and is now 1; data was'): pretrain(settings('smoke', 'siglip', name='x', processes=2, seed=1, data='../*.tar'))
     Path('runs/y').mkdir()
     Path('runs/y/settings.json').write_text(json.dumps(dict(json.loads(Path('runs/x/settings.json').read_text()), lr=9.)))
     with pytest.raises(RuntimeError, match='y was begun with other settings: .*lr was 9.0 and is now 0.001'): pretrain(settings('smoke', 'siglip', name='y', processes=2))
+
+def test_a_refusal_is_found_in_all_that_torchrun_reports(tmp_path, monkeypatch):
+    "A shell script stands for torchrun"
+    torchrun = tmp_path/'python'
+    torchrun.write_text("#!/bin/sh\necho 'clipdino stops: the reason'\nseq 100\nexit 1\n")
+    torchrun.chmod(0o755)
+    monkeypatch.setattr('sys.executable', str(torchrun))
+    with pytest.raises(RuntimeError, match='^the reason$'): spawn(settings('smoke', processes=4), tmp_path/'x')
 
 def test_a_batch_that_processes_can_not_share_is_refused():
     with pytest.raises(SettingsError, match='batch=16 must be a multiple of the 3 processes'): check_inputs(settings('smoke', processes=3))

@@ -464,6 +464,9 @@ def test_other_settings_or_data_are_refused_by_name(tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setitem(TEMPLATES, 'vicuna', TEMPLATES['vicuna'].replace('curious', 'sleepy'))
         with pytest.raises(SettingsError, match='changed was begun with other settings: fingerprint was'): train_vlm(run)
+        m.undo()
+        m.setattr('clipdino.vlm.precision_of', lambda run: 'bf16')
+        with pytest.raises(SettingsError, match='changed was begun in fp32, and precision=auto means bf16 on this machine'): train_vlm(run)
     text = (tmp_path/'list.json').read_text()
     (tmp_path/'list.json').write_text(text.replace('cat', 'cow', 1))
     with pytest.raises(SettingsError, match='changed was begun with other settings: fingerprint was'): train_vlm(run)
@@ -639,7 +642,7 @@ def test_the_date_is_the_same_in_training_and_after(tmp_path, begin, date):
 @pytest.mark.parametrize('given, message', [
     (dict(encoder='nowhere'), "'nowhere' names no encoder; what does:"), (dict(llm='/nowhere/lm'), '/nowhere/lm can not be read: '), (dict(connector='pool', image_tokens=5), 'image_tokens=5 must be a square number'),
     (dict(image_tokens=4), 'image_tokens is for the connectors pool and resampler; mlp makes one token of each patch'), (dict(connector='pool', image_tokens=64), 'image_tokens=64 must be at most the 16 patches of'),
-    (dict(layer=0), 'layer=0 is none: blocks count from 1, or from -1 backwards'),
+    (dict(beta2=1.), 'beta2=1.0 must be at least 0 and below 1'), (dict(layer=0), 'layer=0 is none: blocks count from 1, or from -1 backwards'),
     (dict(layer=3), 'layer=3 is not there: random:clipdino_vit_smoke has layers 1 to 2'), (dict(preset='paper'), "the preset paper trains on data in LLaVA's format: give stage1_data as JSON:FOLDER"),
     (dict(stage2_data='somewhere'), "stage2_data='somewhere' is neither world nor JSON:FOLDER"), (dict(stage2_data='a.json:b'), 'a.json is not there, or empty'), (dict(stage1_samples=3), 'stage1_samples=3 must be at least one batch, 16, or 0'),
     (dict(stage2_batch=15, processes=2), 'stage2_batch=15 must be a multiple of the 2 processes'), (dict(tracker='paper'), "tracker='paper' is not one of"), (dict(template='alpaca'), "template='alpaca' is not one of vicuna, chatml"),
