@@ -10,7 +10,7 @@ __all__ = ['RUNS', 'KINDS', 'BEGUN', 'STUDIES', 'MEMORY', 'Kind', 'Job', 'times'
 
 # %% ../nbs/07_grid.ipynb #ec9a2f52
 import ast, fcntl, heapq, json, math, os, re, shlex, signal, subprocess, sys, time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -71,8 +71,7 @@ class Job:
         d = runs_dir()/self.name
         noted, done, begun = (d/'settings.json').exists(), (d/'result.json').exists(), any(any(d.glob(p)) for p in BEGUN)
         if noted and (done or begun or self.kind in ('pretrain', 'vlm')):  # other attempts that did not end bind nobody
-            then = read_json(d/'settings.json')
-            check_settings(d, replace(self.run, name=then['name']) if done else self.run, then['fingerprint'])
+            check_settings(d, self.run, read_json(d/'settings.json')['fingerprint'])
         return 'complete' if noted and done else 'started' if begun else 'new'
 
 # %% ../nbs/07_grid.ipynb #add0d0ec

@@ -400,7 +400,7 @@ def clip_gradients(params, limit:float, per:str)->torch.Tensor:
 
 class NonFinite(RuntimeError): "A loss or gradient that is not finite"
 
-FREE = 'workers', 'save_every', 'tracker', 'max_bad'  # settings that change nothing in what a run ends with, and so may change when it continues
+FREE = 'name', 'workers', 'save_every', 'tracker', 'max_bad'  # settings that change nothing in what a run ends with, and so may change when it continues; the name has done its work when the folder is found
 ROUNDING = 'micro', 'processes'  # these change the order of sums, and nothing else
 
 def check_settings(folder:Path, run:Pretrain, fingerprint:str, precision:str=''): # what training is in: fp32, bf16 or fp64

@@ -151,6 +151,7 @@ def test_a_probing_run_on_the_world(capsys):
     assert d['object', 'knn']['difference'] == pytest.approx(b['tasks']['object']['knn']['top1'] - t['object']['knn']['top1']) and ('object', 'zero_shot') not in d
     before = Path('runs/probe-c/result.json').read_bytes()
     assert probe.probe(probe.settings('smoke', encoder='c', authors=True)) == a and 'is complete' in capsys.readouterr().out
+    assert probe.probe(probe.settings('smoke', encoder='c', name='probe-c', authors=True)) == a, 'the name that it has anyway'
     with pytest.raises(SettingsError, match='begun with other settings: train was 96 and is now 128'): probe.probe(probe.settings('smoke', encoder='c', authors=True, train=128))
     shutil.rmtree('runs/probe-c')
     again = probe.probe(probe.settings('smoke', encoder='c', authors=True))
