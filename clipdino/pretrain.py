@@ -413,7 +413,7 @@ def check_settings(folder:Path, run:Pretrain, fingerprint:str, precision:str='')
         check(not other, f'{folder.name} was begun with other settings: {"; ".join(other.values())}; give the new run another name')
         if rounding: say(f'{"; ".join(rounding)}: sums are taken in another order, so the end will differ from an unbroken run by rounding')
         begun = then.get('environment', {}).get('precision', precision)  # runs that are older than this note have none
-        check(precision in ('', begun), f'{folder.name} was begun in {begun}, and precision={run.precision} means {precision} on this machine; continue it on one like the first, or give the new run another name')
+        check(precision in ('', begun), f'{folder.name} was begun in {begun} and would go on in {precision} here; continue it on one like the first, or give the new run another name')
     else: write_json(path, dict(now, environment=dict(environment(), **({'precision': precision} if precision else {}))))
 
 def make_probe(run:Pretrain, split:str='val'):

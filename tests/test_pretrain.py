@@ -101,7 +101,7 @@ def test_another_precision_is_refused(tmp_path, monkeypatch):
     assert new['environment'].pop('precision') == 'fp32'
     with monkeypatch.context() as m:
         m.setattr('clipdino.pretrain.precision_of', lambda run: 'bf16')
-        with pytest.raises(SettingsError, match='was begun in fp32, and precision=auto means bf16 on this machine; continue it on one like the first'): Trainer(run, tmp_path, acc)
+        with pytest.raises(SettingsError, match='was begun in fp32 and would go on in bf16 here; continue it on one like the first'): Trainer(run, tmp_path, acc)
         write_json(note, new)
         assert Trainer(run, tmp_path, acc).step == 2
     result = finish(trained(run, tmp_path), {}, 0.)

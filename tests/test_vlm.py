@@ -466,7 +466,7 @@ def test_other_settings_or_data_are_refused_by_name(tmp_path, monkeypatch):
         with pytest.raises(SettingsError, match='changed was begun with other settings: fingerprint was'): train_vlm(run)
         m.undo()
         m.setattr('clipdino.vlm.precision_of', lambda run: 'bf16')
-        with pytest.raises(SettingsError, match='changed was begun in fp32, and precision=auto means bf16 on this machine'): train_vlm(run)
+        with pytest.raises(SettingsError, match='changed was begun in fp32 and would go on in bf16 here'): train_vlm(run)
     text = (tmp_path/'list.json').read_text()
     (tmp_path/'list.json').write_text(text.replace('cat', 'cow', 1))
     with pytest.raises(SettingsError, match='changed was begun with other settings: fingerprint was'): train_vlm(run)
