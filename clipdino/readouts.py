@@ -297,7 +297,7 @@ def interval(values, level:float=.95, draws:int=4000, seed:int=0)->list: # (n,) 
 def joined(each, within:float)->tuple: # (s,) values of the seeds; standard error that all share -> mean, standard error, degrees of freedom
     "The mean over seeds, as sure as their differences and what they share leave it (Satterthwaite, 1946)"
     each = np.asarray(each, np.float64)
-    between = each.var(ddof=1)/len(each) if len(each) > 1 else math.nan
+    between = each.var(ddof=1)/len(each) if len(each) > 1 else 0.  # of one seed nothing is known but what it shares
     var = between + within**2
     return each.mean(), math.sqrt(var), (len(each) - 1)*(var/between)**2 if between else math.inf
 

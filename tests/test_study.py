@@ -118,6 +118,8 @@ def test_the_gap_along_a_setting(tmp_path):
     silent = along(Results('mini', write(tmp_path, {('captions=no-text', 'word'): .2}, more=[('clip', silent)])), 'captions', 'linear probe').set_index(['value', 'line'])
     assert silent.effect['web', 'words'] == pytest.approx(0, abs=1) and silent.effect['no-text', 'words'] == pytest.approx(-30, abs=1) and silent.effect['no-text', 'objects'] == pytest.approx(0, abs=1)
     assert [len({*along(r, k).value}) for k in ('images', 'captions', 'connector', 'llm')] == [2, 2, 2, 1]
+    one = [along(Results('mini', write(tmp_path, more=[('clip', 'captions=no-text')], drop=[(o, s) for o in OBJECTIVES for s in (1, 2)])), 'captions', how) for how in ('VLM', 'linear probe')]
+    for t in one: assert set(t.seeds) == {1} and (t.low < t.effect).all() and (t.effect < t.high).all(), 'of one seed, over pictures or questions alone'
 
 def test_kinds_of_tasks_beside_each_other(tmp_path):
     "Those without runs are left out: here there are probes of five tasks only, and no encoders that were stopped early"
