@@ -908,4 +908,4 @@ def show_learning(runs:pd.DataFrame, axes): # from `collect`, of one preset; one
         ax.axhline(100*these[these.split == 'untrained'].accuracy.mean(), color='grey', ls=':', label='untrained')
         ax.set(xlabel='thousand images seen', ylabel='accuracy, %', title=f'{title}, linear probe', ylim=(0, 100))
         sns.despine(ax=ax)
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[-1].legend(frameon=False, fontsize=8, loc='upper left')

@@ -488,7 +488,7 @@ def show_table(found:dict, questions:str, aggregation:str='sets', data_sets:bool
     some = next(iter(found.values()))
     rows = {named(questions, c): [cell(t['data_sets'][c]) for t in found.values()] for _, members in ordered(some['data_sets']) for c in members if data_sets}
     groups = {short(g): [cell(t[aggregation][g]) for t in found.values()] for g in (*SUBSETS, 'overall') if g in some[aggregation]}
-    return pd.DataFrame({**rows, **groups}, index=list(found)).T.style.set_uuid('o').map(lambda v: 'font-weight: bold', subset=(list(groups), slice(None)))
+    return pd.DataFrame({**rows, **groups}, index=list(found)).T.style.set_uuid('o').map(lambda v: 'font-weight: bold'*data_sets, subset=(list(groups), slice(None)))
 
 def show_objectives(found:dict, questions:str, aggregation:str='sets', protocol:str='calibrated'): # of `by_objective`
     "Accuracy by objective on each data set and group, with intervals over seeds and questions"
