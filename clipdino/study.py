@@ -465,7 +465,7 @@ def measured(c)->str: # row of `judge`
     if c.effect != c.effect: return ''
     digits = 1 if c.unit == 'points' else 2
     def number(x): return f'{round(x, digits) + 0.:+.{digits}f}'  # the sum: no -0.0
-    return number(c.effect) + f' {UNITS[c.unit]}'.rstrip() + (f' [{number(c.low)}, {number(c.high)}]' if c.low == c.low else '')
+    return number(c.effect) + f' {UNITS[c.unit]}'.rstrip() + (f' [{number(c.low)},\xa0{number(c.high)}]' if c.low == c.low else '')  # which no line breaks in two
 
 def ruled(c)->str: # row of `judge`
     "Verdict of a claim, and of which objectives it is"

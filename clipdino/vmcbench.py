@@ -484,7 +484,7 @@ def named(questions:str, c:str)->str: # name of a set of questions, data set
 
 def show_table(found:dict, questions:str, aggregation:str='sets', data_sets:bool=True): # of `by_objective`
     "Accuracy with its interval, in per cent, by objective on each data set and group, or on groups alone"
-    def cell(c): return f'{100*c["value"]:.1f}  [{100*c["interval"][0]:.0f}, {100*c["interval"][1]:.0f}]'
+    def cell(c): return f'{100*c["value"]:.1f} [{100*c["interval"][0]:.0f},\xa0{100*c["interval"][1]:.0f}]'
     some = next(iter(found.values()))
     rows = {named(questions, c): [cell(t['data_sets'][c]) for t in found.values()] for _, members in ordered(some['data_sets']) for c in members if data_sets}
     groups = {short(g): [cell(t[aggregation][g]) for t in found.values()] for g in (*SUBSETS, 'overall') if g in some[aggregation]}

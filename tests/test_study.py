@@ -131,7 +131,7 @@ def test_kinds_of_tasks_beside_each_other(tmp_path):
 def test_what_claims_say_in_words(tmp_path):
     r = Results('mini', write(tmp_path, **AS_THE_PAPER))
     tables = judgements(r)
-    assert re.fullmatch(r'- \*\*CLIP is better within families of classes\*\* \(claim 2; the paper: .+\)\. Equal samples: \+(9|10)\.\d points \[\+\d+\.\d, \+\d+\.\d\], \*replicated\*; Equal accuracy: \*incomplete\* \(there are no runs of clip .+\)\.', told(tables, '2').data)
+    assert re.fullmatch(r'- \*\*CLIP is better within families of classes\*\* \(claim 2; the paper: .+\)\. Equal samples: \+(9|10)\.\d points \[\+\d+\.\d,\s\+\d+\.\d\], \*replicated\*; Equal accuracy: \*incomplete\* \(there are no runs of clip .+\)\.', told(tables, '2').data)
     v = verdicts(tables)
     assert list(v['']) == list(CLAIMS) and set(v['equal accuracy']) == {'incomplete', ''} and v['equal samples'][3].startswith('-0.20 [')
     assert '*replicated*: ' in (a := abstract(r, tables).data) and 'Distinct symbols are less alike for CLIP: -0.20 [' in a and '3 seeds, 1000 questions' in a
@@ -172,7 +172,7 @@ def test_questions_of_several_sets_are_not_mixed(tmp_path):
 
 def test_numbers_as_they_are_printed():
     c = pd.DataFrame([dict(effect=-.04, low=-4.13, high=4.05, unit='points'), dict(effect=-.004, low=math.nan, high=math.nan, unit='cosine'), dict(effect=math.nan, low=math.nan, high=math.nan, unit='points')])
-    assert [measured(r) for r in c.itertuples()] == ['+0.0 points [-4.1, +4.0]', '+0.00', '']
+    assert [measured(r) for r in c.itertuples()] == ['+0.0 points [-4.1,\xa0+4.0]', '+0.00', '']
 
 def test_an_effect_between_few_seeds_and_many_pictures():
     "Without a shared error it is Student's; with nothing else it is the normal"
