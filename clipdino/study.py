@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['RESULTS', 'STAGES', 'GALLERY', 'PICTURES', 'MATCHINGS', 'CLAIMS', 'MARGIN', 'ALPHA', 'WAYS', 'OTHERWISE', 'VERDICTS',
-           'UNITS', 'MARKS', 'LINES', 'LINE_COLOURS', 'VARIED', 'READ', 'kind_of', 'deciding', 'identity', 'mark',
-           'finished', 'tables_dir', 'collect', 'pairs_of', 'questions_of', 'patches_of', 'read_table', 'Results',
-           'Effect', 'effect', 'by_seed', 'curves', 'like', 'matched', 'aligned', 'of_main', 'probed', 'mean_of',
-           'real_or', 'answered', 'differences', 'on_average', 'at_equal_compute', 'Claim', 'claim', 'classification',
-           'fine_grained', 'factors', 'moves', 'show_moves', 'symbols', 'text_questions', 'other_questions',
-           'vision_questions', 'sigmoid', 'text_encoder', 'language_model', 'outcome', 'judge', 'judgements',
-           'sensitivity', 'show_claims', 'measured', 'ruled', 'found', 'told', 'verdicts', 'abstract', 'for_readme',
-           'refresh', 'runs_of', 'values_of', 'along', 'show_along', 'show_varied', 'kinds_of_tasks', 'show_kinds',
-           'show_pairs', 'show_patch_tokens']
+           'UNITS', 'MARKS', 'LINES', 'LINE_COLOURS', 'VARIED', 'READ', 'kind_of', 'deciding', 'identity',
+           'variant_key', 'finished', 'tables_dir', 'collect', 'pairs_of', 'questions_of', 'patches_of', 'read_table',
+           'Results', 'Effect', 'effect', 'by_seed', 'curves', 'like', 'matched', 'aligned', 'of_main', 'probed',
+           'mean_of', 'real_or', 'answered', 'differences', 'on_average', 'at_equal_compute', 'Claim', 'claim',
+           'classification', 'fine_grained', 'factors', 'moves', 'show_moves', 'symbols', 'text_questions',
+           'other_questions', 'vision_questions', 'sigmoid', 'text_encoder', 'language_model', 'outcome', 'judge',
+           'judgements', 'sensitivity', 'show_claims', 'measured', 'ruled', 'found', 'told', 'verdicts', 'abstract',
+           'for_readme', 'refresh', 'runs_of', 'values_of', 'along', 'show_along', 'show_varied', 'kinds_of_tasks',
+           'show_kinds', 'show_pairs', 'show_patch_tokens']
 
 # %% ../nbs/07_study.ipynb #30b1e560
 import math, re, sys
@@ -65,9 +65,9 @@ def identity(folder:Path)->dict: # a finished run
     base, own = deciding(kind, s['preset'], s.get('objective', ''), s)
     weights = load_encoder(str(folder)).fingerprint if kind == 'pretrain' else r['encoder']['fingerprint'] if kind == 'vlm' else ''
     return dict(version=RESULTS, run=Path(folder).name, kind=kind, preset=s['preset'], objective=s.get('objective', ''), seed=s['seed'], of=next((s[k] for k in ('encoder', 'encoders', 'vlm') if k in s), ''),
-                variant=' '.join(f'{mark(kind, k)}={v}' for k, v in own.items() if v != base[k]), settings=digest(own), data=s['fingerprint'], weights=weights, commit=e['commit'], device=e['device'])
+                variant=' '.join(f'{variant_key(kind, k)}={v}' for k, v in own.items() if v != base[k]), settings=digest(own), data=s['fingerprint'], weights=weights, commit=e['commit'], device=e['device'])
 
-def mark(kind:str, setting:str)->str: # a VLM's captions are not its encoder's
+def variant_key(kind:str, setting:str)->str: # a VLM's captions are not its encoder's
     return f'vlm.{setting}' if kind == 'vlm' and setting in {f.name for f in fields(pretrain.Pretrain)} else setting
 
 def finished(folder:Path)->bool: return (folder/'result.json').exists() and (folder/'settings.json').exists()
