@@ -1,5 +1,6 @@
 "The small language model: made once, the same everywhere, whole or not at all, from text that is a function of its index."
 import os, random
+from glob import glob
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ def test_killed_while_it_is_written(tmp_path, made):
     caught = 0
     for k in range(4):
         p = start(make_in, tmp_path)
-        while p.is_alive() and not list(tmp_path.glob('.lm-*/lm/*'*(k % 2) or '.lm-*')): pass
+        while p.is_alive() and not glob(str(tmp_path/('.lm-*/lm/*' if k % 2 else '.lm-*'))): pass
         p.kill()
         p.join()
         done = [d for d in tmp_path.glob('lm-*') if d.is_dir()]
