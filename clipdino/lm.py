@@ -163,6 +163,7 @@ def small_lm(preset:str='mini', size:str='')->Path:
         tokenizer = make_tokenizer([m for doc in Documents(run.seed)(range(4000)) for t in doc for m in t])
         model = train_small(run, tokenizer, 'cuda' if torch.cuda.is_available() else 'cpu').cpu()
         with writing(d), tempfile.TemporaryDirectory(prefix=f'.{d.name}.', dir=d.parent) as tmp:
+            model.should_save_on_this_rank = lambda main: main  # of several processes, the one that came first, which need not be number 0
             model.save_pretrained(f'{tmp}/lm')
             tokenizer.save_pretrained(f'{tmp}/lm')
             os.replace(f'{tmp}/lm', d)

@@ -431,6 +431,7 @@ class Stage:
         on_main(p.acc, self._tidy)
         self.step = load_state(self.folder, self.trained, self.opt)
         agree(p.acc, steps=self.step)
+        self.settled = self.sharded or p.acc.num_processes == 1
 
     def _optimiser(self):
         "Of what is trained as it is now: connector, and language model at its own rate"
@@ -462,8 +463,8 @@ class Stage:
             made.append(b)
         return made
 
-    def update(self, parts:list)->dict:
-        "One step: loss, gradient, update; raises `NonFinite` before any weight is changed"
+    def gradients(self, parts:list):
+        "This process's part of the loss, with gradients of the whole"
         acc, model, total = self.p.acc, self.model, 0.
         for j, b in enumerate(parts):
             b, n = {k: v.to(acc.device) for k, v in b.items() if torch.is_tensor(v)}, b['n_targets']
@@ -473,6 +474,16 @@ class Stage:
                 with acc.autocast(): loss = model(**b)/n
                 acc.backward(loss*acc.num_processes)  # whose gradients are averaged
             total = total + loss.detach()
+        return total
+
+    def update(self, parts:list)->dict:
+        "One step: loss, gradient, update; raises `NonFinite` before any weight is changed"
+        acc = self.p.acc
+        if not self.settled: # as in pre-training, DDP sums in another order after its first pass
+            self.gradients(parts)
+            self.opt.zero_grad()
+            self.settled = True
+        total = self.gradients(parts)
         norm = in_one(nn.utils.clip_grad_norm_([v for g in self.opt.param_groups for v in g['params']], self.p.run.clip_grad))
         loss = float(acc.reduce(total, 'sum') if acc.num_processes > 1 else total)
         if not math.isfinite(loss) or not math.isfinite(float(norm)):

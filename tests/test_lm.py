@@ -5,7 +5,7 @@ from glob import glob
 import numpy as np
 import pytest
 import torch
-from helpers import context, start
+from helpers import context, group, start
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -58,6 +58,16 @@ def test_two_processes_make_the_same(tmp_path):
     files = [sorted((tmp_path/d).glob('lm-*/*')) for d in 'abc']
     assert len({tuple(f.name for f in fs) for fs in files}) == 1 and {'model.safetensors', 'tokenizer.json', 'config.json'} <= {f.name for f in files[0]}
     for fs in zip(*files): assert len({f.read_bytes() for f in fs}) == 1, fs[0].name
+
+def make_as_second(cache):
+    torch.distributed.init_process_group('gloo')
+    if torch.distributed.get_rank(): make_in(cache)
+    torch.distributed.barrier()
+
+def test_any_of_several_processes_makes_it_whole(tmp_path, made):
+    "transformers saves only on the first of a group"
+    group(2, make_as_second, tmp_path)
+    assert {f.name for f in (tmp_path/made.name).iterdir()} == {f.name for f in made.iterdir()}
 
 def test_killed_while_it_is_written(tmp_path, made):
     "What was begun is no model, and is cleared away"
