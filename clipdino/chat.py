@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WORDINGS', 'SHORT', 'MARK', 'TEMPLATES', 'CHATS', 'LENGTH', 'AT', 'PICTURE', 'FIRST', 'TARGETS', 'Chats',
            'WorldSquares', 'WorldCaptions', 'AnyQuestions', 'chat_of', 'elements', 'read_rows', 'stamps', 'Files',
-           'kept_in', 'broken', 'LlavaJson', 'Joined', 'Mixed', 'template_of', 'messages', 'Form', 'loss_mask',
-           'expand', 'render', 'facts', 'fill', 'read', 'tokens_of', 'Batches']
+           'kept_in', 'broken', 'LlavaJson', 'Joined', 'Mixed', 'own_template', 'template_of', 'messages', 'Form',
+           'loss_mask', 'expand', 'render', 'facts', 'fill', 'read', 'tokens_of', 'Batches']
 
 # %% ../nbs/05_chat.ipynb #f3a34cf7
 import json, mmap, re, time, zlib
@@ -290,14 +290,18 @@ TEMPLATES = dict(
 _DAY = dict(A='Friday', a='Fri', B='July', b='Jul', d='26', m='07', Y='2024', y='24', H='12', M='00', S='00')  # as strftime calls its parts
 _DATED = "{% set date_string = '26 Jul 2024' %}{% macro strftime_now(format) %}{{ format" + ''.join(f".replace('%{k}', '{v}')" for k, v in _DAY.items()) + ' }}{% endmacro +%}'
 
+def own_template(x)->str: # a tokenizer or a processor
+    "Its chat template, for which it is always the same day; empty if it has none"
+    own = getattr(x, 'chat_template', None) or ''
+    if isinstance(own, dict): own = own.get('default', '')
+    return _DATED*(_DATED not in own and ('date_string' in own or 'strftime_now' in own)) + own
+
 def template_of(tokenizer, name:str='')->str:
-    "The template called `name`; if that is empty, the tokenizer's own, for which it is always the same day"
+    "The template called `name`; if that is empty, the tokenizer's own"
     if name: one_of('template', name, TEMPLATES)
-    own = tokenizer.chat_template
-    if isinstance(own, dict): own = own.get('default')
+    own = own_template(tokenizer)
     check(name or own, f'the tokenizer has no chat template: give one of {", ".join(TEMPLATES)} as template')
-    if name: return TEMPLATES[name]
-    return _DATED*('date_string' in own or 'strftime_now' in own) + own
+    return TEMPLATES[name] if name else own
 
 # %% ../nbs/05_chat.ipynb #9e1688c6
 _INSTEAD = f'give one of {", ".join(TEMPLATES)} as template'

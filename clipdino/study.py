@@ -63,7 +63,7 @@ def identity(folder:Path)->dict: # a finished run
     s, r = (read_json(Path(folder)/f) for f in ('settings.json', 'result.json'))
     kind, e = kind_of(s), r['environment']
     base, own = deciding(kind, s['preset'], s.get('objective', ''), s)
-    weights = load_encoder(str(folder)).fingerprint if kind == 'pretrain' else r['encoder']['fingerprint'] if kind == 'vlm' else ''
+    weights = load_encoder(str(folder)).fingerprint if kind == 'pretrain' else vmcbench.saved(Path(folder)) if kind == 'vlm' else ''
     return dict(version=RESULTS, run=Path(folder).name, kind=kind, preset=s['preset'], objective=s.get('objective', ''), seed=s['seed'], of=next((s[k] for k in ('encoder', 'encoders', 'vlm') if k in s), ''),
                 variant=' '.join(f'{variant_key(kind, k)}={v}' for k, v in own.items() if v != base[k]), settings=digest(own), data=s['fingerprint'], weights=weights, commit=e['commit'], device=e['device'])
 
@@ -186,6 +186,8 @@ class Results:
         t = self._with_encoders(t, 'encoder_weights')
         lacks = set(t.vlm) - set(of.index)
         check(not lacks, f'the results speak of the VLM {", ".join(sorted(lacks)[:1])}, of which runs_{self.preset}.csv knows nothing')
+        other = t[(t.saved != '') & (t.saved != t.vlm.map(of.weights))].vlm
+        check(other.empty, f'{", ".join(other[:1])} was trained again since its answers were scored: score it again')
         return t.assign(variant=[' '.join(filter(None, (v, of.variant[m]))) for v, m in zip(t.variant, t.vlm)])
     @cached_property
     def pairs(self)->pd.DataFrame: return self._read('pairs')

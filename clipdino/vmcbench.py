@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['HOW', 'SIZES', 'AGGREGATIONS', 'PROTOCOLS', 'SUBSETS', 'DRAWS', 'LABELS', 'NAMES', 'Score', 'settings',
-           'questions_of', 'VLM', 'load_vlm', 'origin', 'untrained_vlm', 'Squares', 'chat', 'token_ids', 'letter_ids',
-           'order_of', 'inputs', 'ask', 'answers', 'batched', 'parse', 'drawn', 'calibrate', 'judge', 'successes',
-           'protocols_of', 'levels', 'aggregate', 'letters_of', 'score', 'compare', 'predictions', 'compare_runs',
-           'write_lines', 'answer_all', 'evaluate', 'evaluate_in', 'short', 'ordered', 'dots', 'by_group', 'show_sets',
-           'show_differences', 'show_letters', 'disagreements', 'gallery', 'collect', 'right', 'of_objective',
-           'by_objective', 'gap', 'named', 'show_table', 'show_objectives', 'show_gap']
+           'questions_of', 'VLM', 'load_vlm', 'origin', 'saved', 'untrained_vlm', 'Squares', 'chat', 'token_ids',
+           'letter_ids', 'order_of', 'inputs', 'ask', 'answers', 'batched', 'parse', 'drawn', 'calibrate', 'judge',
+           'successes', 'protocols_of', 'levels', 'aggregate', 'letters_of', 'score', 'compare', 'predictions',
+           'compare_runs', 'write_lines', 'answer_all', 'evaluate', 'evaluate_in', 'short', 'ordered', 'dots',
+           'by_group', 'show_sets', 'show_differences', 'show_letters', 'disagreements', 'gallery', 'collect', 'right',
+           'of_objective', 'by_objective', 'gap', 'named', 'show_table', 'show_objectives', 'show_gap']
 
 # %% ../nbs/06_vmcbench.ipynb #012035dc
 import json, textwrap
@@ -24,10 +24,12 @@ import seaborn as sns
 import torch
 from PIL import Image
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from scipy.stats import norm, t as student
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
+from .chat import own_template
 from .core import Metrics, Progress, Settings, SettingsError, alone, check, digest, environment, in_test, injected, np_rng, one_of, read_json, root, run_dir, say, sync, theme, uniform, whole, write_json, writing
 from .encoders import folder_of, load_encoder
 from .lm import make_tokenizer
@@ -106,7 +108,8 @@ def load_vlm(name:str|Path, device='cpu', precision:str='auto')->VLM: # a run, o
         raise SettingsError(f'vlm={name!r} is no run, folder or hub name of an image-text-to-text model that can be opened here ({str(e).strip().splitlines()[0][:200]})') from None
     lacks = sorted(info['missing_keys'])  # transformers would make them up
     check(not lacks, f'{name} lacks {len(lacks)} of its weights, {lacks[:1]} among them')
-    check(getattr(processor, 'chat_template', None), f'the processor of {name} has no chat template, so nobody can know how it wants to be asked')
+    processor.chat_template = own_template(processor)
+    check(processor.chat_template, f'the processor of {name} has no chat template, so nobody can know how it wants to be asked')
     tokenizer, own = processor.tokenizer, model.generation_config
     eos = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
@@ -118,7 +121,11 @@ def origin(folder:Path|None)->dict:
     "What a run of ours put together; nothing of others' models"
     if folder is None or not (folder/'settings.json').exists(): return {}
     s, r = read_json(folder/'settings.json'), read_json(folder/'result.json')
-    return dict({k: s[k] for k in ('encoder', 'llm', 'seed', 'preset')}, encoder_weights=r['encoder']['fingerprint'])
+    return dict({k: s[k] for k in ('encoder', 'llm', 'seed', 'preset')}, encoder_weights=r['encoder']['fingerprint'], saved=saved(folder))
+
+def saved(folder:Path)->str:
+    "A digest of the weights that a run saved, whatever precision they are used in"
+    return digest(*(tensors_digest(load_file(f)) for f in sorted(folder.glob('*.safetensors'))))
 
 # %% ../nbs/06_vmcbench.ipynb #594b0c59
 def untrained_vlm(folder:Path, questions:Questions, encoder:str='random:clipdino_vit_smoke', width:int=64, layers:int=2, seed:int=0)->Path: # width and layers of the language model
@@ -448,7 +455,7 @@ def collect(folders)->pd.DataFrame: # finished scoring runs
         r, told = read_json(d/'result.json'), predictions(d)
         v, q, e = r['vlm'], r['questions'], r['environment']
         letters = {k: ''.join(p[k] if k != 'letter' or p['parsed'] else p[k].lower() for p in told) for k in dict.fromkeys(PROTOCOLS.values()) if k in told[0]}
-        rows.append(dict(run=r['name'], vlm=v['name'], **{k: v.get(k, '') for k in ('encoder', 'encoder_weights', 'llm', 'preset', 'seed')}, blind=r['blind'], weights=v['fingerprint'], questions=q['name'], fingerprint=q['fingerprint'],
+        rows.append(dict(run=r['name'], vlm=v['name'], **{k: v.get(k, '') for k in ('encoder', 'encoder_weights', 'saved', 'llm', 'preset', 'seed')}, blind=r['blind'], weights=v['fingerprint'], questions=q['name'], fingerprint=q['fingerprint'],
                          commit=e['commit'], device=e['device'], **letters))
     return pd.DataFrame(rows)
 

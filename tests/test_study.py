@@ -47,7 +47,7 @@ def write(folder, values={}, answers={}, spread=.003, drop=(), more=()):
                     v = values.get((key, row), usual) + noise()
                     analysis.append(dict(run=f'analysis-{o}-{s}-{variant}', encoder=e, weights=w, what=what, row=row, value=v, low=v - .01, high=v + .01, commit='c'))
             share = answers.get((o, variant), answers.get(key, answers.get(o, lambda c: .3 if o == 'untrained' else .6)))
-            told.append(dict(run=f'vmcbench-{o}-{s}-{variant}', vlm=f'vlm-{o}-{s}-{variant}', encoder=e, encoder_weights=w, llm='world', preset='mini', seed=s, blind=False, weights='', questions=QUESTIONS.name, fingerprint=QUESTIONS.fingerprint,
+            told.append(dict(run=f'vmcbench-{o}-{s}-{variant}', vlm=f'vlm-{o}-{s}-{variant}', encoder=e, encoder_weights=w, saved=w, llm='world', preset='mini', seed=s, blind=False, weights='', questions=QUESTIONS.name, fingerprint=QUESTIONS.fingerprint,
                              **dict.fromkeys(('letter', 'likely', 'calibrated'), letters(share, (s, k)))))
     for k, rows in dict(runs=runs, pretrain=curves, probe=probe, analysis=analysis, vmcbench=told).items(): pd.DataFrame(rows).to_csv(folder/f'{k}_mini.csv', index=False)
     pd.DataFrame([dict(questions=QUESTIONS.name, fingerprint=QUESTIONS.fingerprint, i=i, category=r['category'], answer=r['answer']) for i, r in enumerate(QUESTIONS.rows)]).to_csv(folder/'questions_mini.csv', index=False)
@@ -215,6 +215,8 @@ def test_results_that_are_refused(tmp_path):
     with pytest.raises(SettingsError, match='clip-mini-s0 has weights wclip0 in one table and zzz in another'): changed(write(tmp_path), 'probe', weights='zzz').probe
     with pytest.raises(SettingsError, match='clip-mini-s0 has weights wclip0 in one table and zzz in another'): changed(write(tmp_path), 'vmcbench', encoder_weights='zzz').answers
     with pytest.raises(SettingsError, match='speak of the VLM stranger, of which'): changed(write(tmp_path), 'vmcbench', vlm='stranger').answers
+    with pytest.raises(SettingsError, match='vlm-dino-1- was trained again since its answers were scored: score it again'): changed(write(tmp_path), 'runs', weights='zzz', where='vlm-dino-1-').answers
+    assert len(changed(tmp_path, 'vmcbench', where='vmcbench-dino-1-', saved='').answers) == len(OBJECTIVES)*len(SEEDS), 'scored before it was noted'
 
 def test_results_that_do_not_belong_together_are_refused(tmp_path):
     with pytest.raises(SettingsError, match='probe-clip-0-: made with other settings than the preset mini stands for now'): changed(write(tmp_path), 'runs', settings='of an older preset', where='probe-clip-0-')
@@ -287,7 +289,8 @@ def test_real_runs_become_tables(tmp_path, monkeypatch):
     assert set(t) == {'runs', 'pretrain', 'probe', 'vmcbench', 'questions', 'patches'} and sorted(t['runs'].kind) == ['pretrain', 'pretrain', 'probe', 'vlm', 'vlm', 'vmcbench', 'vmcbench']
     runs = t['runs'].set_index('run')
     assert runs.variant['clip-smoke-s0'] == runs.variant['vlm-clip-smoke-s0'] == '' and runs.variant['vlm-clip-smoke-s1'] == 'connector=linear' and runs.settings['clip-smoke-s0'] == runs.settings['clip-smoke-s1']
-    assert runs.weights['clip-smoke-s1'] == runs.weights['vlm-clip-smoke-s1'] == t['vmcbench'].set_index('encoder').encoder_weights['clip-smoke-s1'] != runs.weights['clip-smoke-s0']
+    answers = t['vmcbench'].set_index('encoder').loc['clip-smoke-s1']
+    assert runs.weights['clip-smoke-s1'] == answers.encoder_weights != runs.weights['clip-smoke-s0'] and runs.weights['vlm-clip-smoke-s1'] == answers.saved != runs.weights['vlm-clip-smoke-s0']
     patches, e = t['patches'].set_index(['encoder', 'i']), load_encoder('clip-smoke-s0')
     images = np.stack([render(scene(0, 'test', i, 'mixed'), 96) for i in range(6)])
     assert list(dict.fromkeys(t['patches'].encoder)) == ['clip-smoke-s0', 'random:clip-smoke-s0'] and patches.colours['clip-smoke-s0', 5] == np.uint8(255*patch_colours(e, images, -2)[5] + .5).tobytes().hex() != patches.colours['random:clip-smoke-s0', 5]

@@ -15,7 +15,7 @@ from scipy.stats import binom
 import clipdino.vmcbench as vmc
 from clipdino.core import SettingsError, read_json
 from clipdino.questions import CATEGORIES, GROUPS, LETTERS, open_questions, prompt
-from clipdino.vmcbench import Squares, aggregate, answers, batched, calibrate, compare, evaluate, judge, load_vlm, parse, predictions, score, settings, untrained_vlm
+from clipdino.vmcbench import Squares, aggregate, answers, batched, calibrate, compare, evaluate, judge, load_vlm, parse, predictions, saved, score, settings, untrained_vlm
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
@@ -409,6 +409,14 @@ def test_objectives_over_seeds():
     with pytest.raises(SettingsError, match=r'clip has several runs of seed \[1\], clip0, clip1, clip1, clip2: give those'): vmc.gap(pd.concat([t, t[t.run == 'clip1']]), q)
     with pytest.raises(SettingsError, match='siglip has the seeds'): vmc.gap(t, q, 'siglip', 'clip')
 
+def test_a_template_that_writes_the_date(folder, tmp_path):
+    "A model of others reads the same on all days"
+    for f in folder.iterdir(): (tmp_path/f.name).write_bytes(f.read_bytes())
+    plain, path = load_vlm(tmp_path), tmp_path/'chat_template.jinja'
+    path.write_text("{{ 'On ' + strftime_now('%d %b %Y') + '; ' }}" + path.read_text())
+    row = Squares().rows[0]
+    assert vmc.chat(load_vlm(tmp_path), row) == 'On 26 Jul 2024; ' + vmc.chat(plain, row)
+
 def test_what_is_no_model_is_refused(folder, tmp_path):
     (tmp_path/'runs/begun').mkdir(parents=True)
     with pytest.raises(SettingsError, match='begun holds no finished vision-language model: it has no config.json'): load_vlm('begun')
@@ -417,6 +425,7 @@ def test_what_is_no_model_is_refused(folder, tmp_path):
     with pytest.raises(SettingsError, match='the run begun is not finished: it has no result.json'): load_vlm('begun')
     (tmp_path/'runs/begun/result.json').write_text('{"encoder": {"fingerprint": "f"}}')
     assert load_vlm('begun').about['encoder'] == 'clip-mini-s0' and load_vlm('begun').about['encoder_weights'] == 'f' and load_vlm('begun').fingerprint == load_vlm(folder).fingerprint
+    assert load_vlm('begun').about['saved'] == load_vlm('begun', precision='bf16').about['saved'] == saved(folder)
     weights = load_file(tmp_path/'runs/begun/model.safetensors')
     save_file({k: v for k, v in weights.items() if 'projector.linear_2.bias' not in k}, tmp_path/'runs/begun/model.safetensors', dict(format='pt'))
     with pytest.raises(SettingsError, match='begun lacks 1 of its weights, .*linear_2.bias'): load_vlm('begun')
