@@ -7,12 +7,12 @@ __all__ = ['RESULTS', 'STAGES', 'GALLERY', 'PICTURES', 'MATCHINGS', 'CLAIMS', 'M
            'UNITS', 'MARKS', 'LINES', 'LINE_COLOURS', 'VARIED', 'READ', 'kind_of', 'deciding', 'identity',
            'variant_key', 'finished', 'tables_dir', 'collect', 'pairs_of', 'questions_of', 'patches_of', 'read_table',
            'Results', 'Effect', 'effect', 'by_seed', 'curves', 'like', 'matched', 'aligned', 'of_main', 'probed',
-           'mean_of', 'real_or', 'answered', 'differences', 'on_average', 'at_equal_compute', 'Claim', 'claim',
+           'mean_of', 'real_or', 'answered', 'differences', 'on_average', 'in_training', 'Claim', 'claim',
            'classification', 'fine_grained', 'factors', 'moves', 'show_moves', 'symbols', 'text_questions',
            'other_questions', 'vision_questions', 'sigmoid', 'text_encoder', 'language_model', 'outcome', 'judge',
-           'judgements', 'sensitivity', 'show_claims', 'measured', 'ruled', 'found', 'told', 'verdicts', 'abstract',
-           'for_readme', 'refresh', 'runs_of', 'values_of', 'along', 'show_along', 'show_varied', 'kinds_of_tasks',
-           'show_kinds', 'show_pairs', 'show_patch_tokens']
+           'judgements', 'sensitivity', 'show_claims', 'measured', 'ruled', 'chance', 'found', 'told', 'verdicts',
+           'abstract', 'for_readme', 'refresh', 'runs_of', 'values_of', 'along', 'show_along', 'show_varied',
+           'kinds_of_tasks', 'show_kinds', 'show_pairs', 'show_patch_tokens']
 
 # %% ../nbs/07_study.ipynb #30b1e560
 import math, re, sys
@@ -304,13 +304,14 @@ def on_average(r:Results, members, values, aggregation:str)->Effect: # (s, n) nu
     def overall(v, **k): return aggregate(v, categories, **k)[aggregation]['overall']
     return effect([100*overall(v, draws=1)['value'] for v in values], 100*np.ptp(overall(values.mean(0))['interval'])/2/norm.ppf(.975))  # the questions' part, by bootstrap of their mean over seeds
 
-def at_equal_compute(r:Results, a:str, b:str)->Effect:
-    "Difference in the held-out linear probe when the dearer objective is read off its curve where it has cost as much as the other at its end; its learning rate is not yet low there, which is a disadvantage"
+def in_training(r:Results, a:str, b:str, at:str)->Effect: # samples or compute
+    "Difference in the held-out linear probe during pre-training, at its end; or, at equal compute, with the dearer objective where it has cost as much as the other at its end. Its learning rate is not yet low there, which is a disadvantage"
+    one_of('training', at, ('samples', 'compute'))
     flops = {o: pretrain.cost(pretrain.settings(r.preset, o))['gflop'] for o in (a, b)}
     t, rows = curves(r, ['']), []
     for (o, seed), c in t[t.objective.isin((a, b))].sort_values('samples').groupby(['objective', 'seed']):
-        at = c.samples.max()*min(flops.values())/flops[o]  # the dearer one stops early: what it costs then, the cheaper costs at its end
-        rows.append(dict(objective=o, seed=seed, value=np.interp(at, c.samples, c.value), low=math.nan, high=math.nan))
+        stop = c.samples.max()*(min(flops.values())/flops[o] if at == 'compute' else 1)  # the dearer one stops early: what it costs then, the cheaper costs at its end
+        rows.append(dict(objective=o, seed=seed, value=np.interp(stop, c.samples, c.value), low=math.nan, high=math.nan))
     return effect(*by_seed(pd.DataFrame(rows, columns=['objective', 'seed', 'value', 'low', 'high']), a, b, 'curves of object'))
 
 # %% ../nbs/07_study.ipynb #703daca5
@@ -334,9 +335,9 @@ def claim(id:str, says:str, paper:str, sign:int, learned:tuple=()):
     return keep
 
 @claim('1', 'CLIP and DINO classify equally well', '65.8 and 66.4 % of ImageNet', 0, ('clip', 'dino'))
-def classification(r, a='clip', b='dino', how='linear', matching='samples', compute=False)->Effect:
+def classification(r, a='clip', b='dino', how='linear', matching='samples', training='')->Effect: # of `in_training`; empty for finished encoders
     "Linear probe of ImageNet, or of object classes (the paper, Table 1)"
-    return at_equal_compute(r, a, b) if compute and 'untrained' not in (a, b) else probed(r, real_or(r, ('imagenet',), 'object'), a, b, how, matching)
+    return in_training(r, a, b, training) if training and 'untrained' not in (a, b) else probed(r, real_or(r, ('imagenet',), 'object'), a, b, how, matching)
 
 @claim('2', 'CLIP is better within families of classes', '+20.6 points on Cars, +9.3 on CUB', 1, ('clip',))
 def fine_grained(r, a='clip', b='dino', how='linear', matching='samples')->Effect:
@@ -353,12 +354,14 @@ def moves(r, a='clip', b='dino', matching='samples')->dict: # factor -> of `by_s
     t = of_main(r.analysis, matched(r, matching, a, b), what='sensitivity')
     return {f: by_seed(t[t.row == f], a, b, f'sensitivity to {f}') for f in ('object', 'word', 'colour', 'style')}
 
-def show_moves(r, matching='samples')->pd.DataFrame:
-    "Sensitivities that claim 3 is made of: means of seeds, and the difference with its interval"
-    t = of_main(r.analysis, matched(r, matching, 'clip', 'dino'), what='sensitivity')
-    found = {f: mean_of([d], unit='distances').interval() + (d[0].mean(),) for f, d in moves(r, matching=matching).items()}
-    t = t[t.row.isin(found)].pivot_table(index='row', columns='objective', values='value').reindex(index=list(found), columns=['clip', 'dino', 'untrained'])
-    return t.assign(**{'CLIP minus DINO': [f'{v:+.2f} [{low:+.2f}, {high:+.2f}]' for low, high, v in found.values()]}).rename_axis(index='factor', columns='').reset_index()
+def show_moves(r)->pd.DataFrame:
+    "Sensitivities that claim 3 is made of, as means of seeds; and differences with their intervals, also from encoders that have learned nothing"
+    t = of_main(r.analysis, what='sensitivity').pivot_table(index='row', columns='objective', values='value')[['clip', 'dino', 'untrained']]
+    def said(d): return '{:+.2f} [{:+.2f},\xa0{:+.2f}]'.format((e := mean_of([d], unit='distances')).value, *e.interval())
+    for name, how in {'CLIP minus DINO': {}, 'the same at equal accuracy': dict(matching='accuracy'), 'DINO minus untrained': dict(a='dino', b='untrained')}.items():
+        try: t[name] = pd.Series({f: said(d) for f, d in moves(r, **how).items()})
+        except SettingsError: continue  # whose runs are not there
+    return t.loc[list(moves(r))].rename_axis(index='factor', columns='').reset_index()
 
 @claim('4', 'Distinct symbols are less alike for CLIP', '0.713 and 0.877', -1)
 def symbols(r, a='clip', b='dino', matching='samples')->Effect:
@@ -370,12 +373,12 @@ def text_questions(r, a='clip', b='dino', protocol='calibrated', aggregation='tw
     "OCR group (the paper, section 4)"
     return answered(r, GROUPS['OCR'], a, b, protocol, aggregation, matching, shorter)
 
-@claim('6', 'On other questions they are equal', 'no number given', 0, ('clip', 'dino'))
+@claim('6', 'On other questions they are equal', 'number not known', 0, ('clip', 'dino'))
 def other_questions(r, a='clip', b='dino', protocol='calibrated', aggregation='twenty', matching='samples', shorter=False)->Effect:
     "All groups but OCR (the paper, section 4)"
     return answered(r, [c for c in CATEGORIES if c not in GROUPS['OCR']], a, b, protocol, aggregation, matching, shorter)
 
-@claim('6v', 'DINO is better at vision-centric questions', 'no number given', -1, ('dino',))
+@claim('6v', 'DINO is better at vision-centric questions', 'number not known', -1, ('dino',))
 def vision_questions(r, a='clip', b='dino', protocol='calibrated', aggregation='twenty', matching='samples', shorter=False)->Effect:
     "The vision-centric tasks (the paper, abstract)"
     return answered(r, VISION, a, b, protocol, aggregation, matching, shorter)
@@ -390,12 +393,12 @@ def text_encoder(r, a='clip-lm', b='clip', protocol='calibrated', aggregation='t
     "All twenty tasks (the paper, Table 2)"
     return answered(r, CATEGORIES, a, b, protocol, aggregation)
 
-@claim('8', 'The gap grows with a better language model', 'wider with Qwen2-7B than with Vicuna-7B', 1)
+@claim('8', 'The gap in general questions grows with a larger language model', 'wider with Qwen2-7B than with Vicuna-7B', 1)
 def language_model(r, a='clip', b='dino', llm='world:wide', protocol='calibrated', aggregation='twenty')->Effect:
-    "All twenty tasks: the gap with another language model less the gap with the preset's (the paper, appendix C)"
+    "General group: the gap with another language model less the gap with the preset's (the paper, appendix C)"
     x, y = (differences(r, a, b, protocol, {a: v, b: v}) for v in (f'llm={llm}', ''))
     check(set(x) & set(y), f'the VLMs with {llm} have the seeds {list(x)} and the others {list(y)}')
-    return on_average(r, CATEGORIES, [x[s] - y[s] for s in x if s in y], aggregation)  # seed by seed and question by question, as one gap shares encoders and questions with the other
+    return on_average(r, GROUPS['General'], [x[s] - y[s] for s in x if s in y], aggregation)  # seed by seed and question by question, as one gap shares encoders and questions with the other
 
 # %% ../nbs/07_study.ipynb #a054b88f
 MARGIN, ALPHA = 2., .05  # points that count as no difference; level of all tests
@@ -424,12 +427,12 @@ def judge(r:Results, **how)->pd.DataFrame: # arguments of the claims; those clai
     done = t.p.notna()
     if done.any(): t.loc[done, 'p'] = multipletests(t.p[done], ALPHA, 'holm')[1]
     t.loc[done & (t.p >= ALPHA), 'verdict'] = 'inconclusive'
-    t.loc[t.floor != '', 'verdict'] = 'no better than untrained'
+    t.loc[t.floor != '', 'verdict'] = 'not shown better than untrained'
     return t
 
 # %% ../nbs/07_study.ipynb #2aa0bb85
 WAYS = {'equal samples': {}, 'equal accuracy': dict(matching='accuracy')}  # how everything is reported
-OTHERWISE = WAYS | {'shorter alignment': dict(shorter=True), 'class token alone': dict(how='linear_cls'), '20 nearest neighbours': dict(how='knn'), 'equal compute': dict(compute=True), 'generated answers': dict(protocol='generate'),
+OTHERWISE = WAYS | {'shorter alignment': dict(shorter=True), 'class token alone': dict(how='linear_cls'), '20 nearest neighbours': dict(how='knn'), 'probe in training': dict(training='samples'), 'the same at equal compute': dict(training='compute'), 'generated answers': dict(protocol='generate'),
                     'unparsed is wrong': dict(protocol='strict'), 'likeliest letter': dict(protocol='likelihood'), 'mean over questions': dict(aggregation='questions')}
 
 def judgements(r:Results)->dict: # one of `WAYS`: of `judge`
@@ -442,7 +445,7 @@ def sensitivity(r:Results)->pd.DataFrame: # columns: claims
     return pd.DataFrame({k: judge(r, **how).set_index('claim').apply(cell, axis=1) for k, how in OTHERWISE.items()}).T.reindex(columns=list(CLAIMS)).fillna('')
 
 # %% ../nbs/07_study.ipynb #8de7418c
-VERDICTS = {'replicated': 'C0', 'reversed': 'C3', 'inconclusive': '.55', 'no better than untrained': '.8'}
+VERDICTS = {'replicated': 'C0', 'reversed': 'C3', 'inconclusive': '.55', 'not shown better than untrained': '.8'}
 
 def show_claims(tables:dict): # of `judgements`
     "Effects with their intervals, by unit; the colour is the verdict, the marker the way"
@@ -473,9 +476,13 @@ def ruled(c)->str: # row of `judge`
     "Verdict of a claim, and of which objectives it is"
     return f'{c.floor} {c.verdict}'.strip()
 
+def chance(c)->str: # row of `judge`
+    "The corrected p-value of a claim's test; nothing if it has none or its encoders did not learn enough"
+    return '' if c.p != c.p or c.floor else ' (p\xa0<\xa0.001)' if c.p < .001 else f' (p\xa0=\xa0{c.p:.3f})'
+
 def found(c)->str: # row of `judge`
     "Effect, interval and verdict of a claim, and why it has none"
-    return ', '.join(filter(None, (measured(c), f'*{ruled(c)}*'))) + f' ({c.why})'*(c.why != '')
+    return ', '.join(filter(None, (measured(c), f'*{ruled(c)}*{chance(c)}'))) + f' ({c.why})'*(c.why != '')
 
 def told(tables:dict, *ids): # of `judgements`
     "Some claims in sentences"
@@ -487,7 +494,7 @@ def told(tables:dict, *ids): # of `judgements`
 def verdicts(tables:dict)->pd.DataFrame: # of `judgements`
     "All claims in a table"
     first = next(iter(tables.values()))
-    def cells(t): return first.claim.map({c.claim: ', '.join(filter(None, (measured(c), ruled(c)))) for c in t.itertuples()}).fillna('')
+    def cells(t): return first.claim.map({c.claim: ', '.join(filter(None, (measured(c), ruled(c) + chance(c)))) for c in t.itertuples()}).fillna('')
     return pd.DataFrame({'': first.claim, 'claim': first.says, 'the paper': first.paper, **{way: cells(t) for way, t in tables.items()}})
 
 def abstract(r:Results, tables:dict): # of `judgements`

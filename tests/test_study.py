@@ -11,7 +11,7 @@ from clipdino.analysis import patch_colours
 from clipdino.core import SettingsError, digest
 from clipdino.encoders import load_encoder
 from clipdino.questions import GROUPS, LETTERS, VISION
-from clipdino.study import CLAIMS, RESULTS, Effect, Results, abstract, aligned, along, collect, deciding, effect, judge, judgements, kinds_of_tasks, like, matched, measured, outcome, read_table, sensitivity, told, verdicts
+from clipdino.study import CLAIMS, RESULTS, Effect, Results, abstract, aligned, along, collect, deciding, effect, in_training, judge, judgements, kinds_of_tasks, like, matched, measured, outcome, read_table, sensitivity, show_moves, told, verdicts
 from clipdino.world import render, scene
 from clipdino.worldvqa import WorldVQA
 
@@ -72,14 +72,14 @@ def test_the_opposite_is_reversed(tmp_path):
 
 def test_seeds_that_disagree_leave_it_open(tmp_path):
     t = judged(tmp_path, values=AS_THE_PAPER['values'], spread=.3)
-    assert set(t.verdict[['1', '2', '4']]) <= {'inconclusive', 'no better than untrained'} and t.verdict['5'] == 'inconclusive', 'and no VLM is better than another'
+    assert set(t.verdict[['1', '2', '4']]) <= {'inconclusive', 'not shown better than untrained'} and t.verdict['5'] == 'inconclusive', 'and no VLM is better than another'
 
 def test_encoders_that_learned_nothing_are_not_compared(tmp_path):
     t = judged(tmp_path, values={('dino', 'object'): .2, ('clip', 'object'): .2}, answers=dict(clip=lambda c: .3, dino=lambda c: .3, siglip=lambda c: .3))
-    assert t.verdict['1'] == 'no better than untrained' and t.floor['1'] == 'clip and dino'
-    assert t.verdict['7s'] == 'no better than untrained' and t.floor['7t'] == 'clip'
+    assert t.verdict['1'] == 'not shown better than untrained' and t.floor['1'] == 'clip and dino'
+    assert t.verdict['7s'] == 'not shown better than untrained' and t.floor['7t'] == 'clip'
     v = verdicts(dict(one=t.reset_index(), other=t.iloc[:1].reset_index())).set_index('')
-    assert v.one['7t'].endswith('], clip no better than untrained') and v.other['1'].endswith('clip and dino no better than untrained') and v.other['2'] == ''
+    assert v.one['7t'].endswith('], clip not shown better than untrained') and v.other['1'].endswith('clip and dino not shown better than untrained') and v.other['2'] == ''
 
 def test_choices_that_are_not_a_claims_are_empty(tmp_path):
     t = sensitivity(Results('mini', write(tmp_path, **AS_THE_PAPER)))
@@ -97,15 +97,16 @@ def test_matched_by_accuracy(tmp_path):
     assert accuracy.verdict['1'] == 'replicated' and accuracy.effect['2'] == pytest.approx(0, abs=1) and accuracy.verdict['2'] == 'inconclusive' and 'incomplete' not in set(accuracy.verdict)
     tables = judgements(r)
     t = verdicts(tables).set_index('')
-    assert re.fullmatch(r'[+-]0\.\d points \[.+\], inconclusive', t['equal accuracy']['2']) and t['equal accuracy']['7s'] == '' and '; Equal accuracy: ' in told(tables, '1').data
+    assert re.fullmatch(r'[+-]0\.\d points \[.+\], inconclusive \(p\s=\s\d\.\d+\)', t['equal accuracy']['2']) and t['equal accuracy']['7s'] == '' and '; Equal accuracy: ' in told(tables, '1').data
     with pytest.raises(SettingsError, match='matching.*samples'): matched(r, 'time', 'clip', 'dino')
 
 def test_at_equal_compute_the_dearer_objective_stops_early(tmp_path):
     r = Results('mini', write(tmp_path, {('dino', 'object'): .8}))
-    e = judge(r, compute=True).set_index('claim').loc['1']
+    e, end = (judge(r, training=at).set_index('claim').loc['1'] for at in ('compute', 'samples'))
+    with pytest.raises(SettingsError, match='training'): in_training(r, 'clip', 'dino', 'time')
     flops = {o: pretrain.cost(pretrain.settings('mini', o))['gflop'] for o in ('clip', 'dino')}
     at = 196608*flops['clip']/flops['dino']
-    assert flops['dino'] > flops['clip'] and e.effect == pytest.approx(80 - np.interp(at, [98304, 196608], [72, 80])) and e.verdict == 'reversed'
+    assert flops['dino'] > flops['clip'] and e.effect == pytest.approx(80 - np.interp(at, [98304, 196608], [72, 80])) and e.verdict == 'reversed' and end.effect == pytest.approx(0)
 
 def test_the_gap_along_a_setting(tmp_path):
     "With few images CLIP's lead is gone; captions are nothing to DINO, whose main runs are compared"
@@ -131,9 +132,11 @@ def test_kinds_of_tasks_beside_each_other(tmp_path):
 def test_what_claims_say_in_words(tmp_path):
     r = Results('mini', write(tmp_path, **AS_THE_PAPER))
     tables = judgements(r)
-    assert re.fullmatch(r'- \*\*CLIP is better within families of classes\*\* \(claim 2; the paper: .+\)\. Equal samples: \+(9|10)\.\d points \[\+\d+\.\d,\s\+\d+\.\d\], \*replicated\*; Equal accuracy: \*incomplete\* \(there are no runs of clip .+\)\.', told(tables, '2').data)
+    assert re.fullmatch(r'- \*\*CLIP is better within families of classes\*\* \(claim 2; the paper: .+\)\. Equal samples: \+(9|10)\.\d points \[\+\d+\.\d,\s\+\d+\.\d\], \*replicated\* \(p\s<\s\.001\); Equal accuracy: \*incomplete\* \(there are no runs of clip .+\)\.', told(tables, '2').data)
     v = verdicts(tables)
     assert list(v['']) == list(CLAIMS) and set(v['equal accuracy']) == {'incomplete', ''} and v['equal samples'][3].startswith('-0.20 [')
+    t = show_moves(r)
+    assert list(t.columns) == ['factor', 'clip', 'dino', 'untrained', 'CLIP minus DINO', 'DINO minus untrained'] and list(t.factor) == ['object', 'word', 'colour', 'style'] and t['CLIP minus DINO'][0].startswith('+0.') and 'the same at equal accuracy' not in t
     assert '*replicated*: ' in (a := abstract(r, tables).data) and 'Distinct symbols are less alike for CLIP: -0.20 [' in a and '3 seeds, 1000 questions' in a
 
 def test_a_connector_trained_for_less(tmp_path):
@@ -141,8 +144,8 @@ def test_a_connector_trained_for_less(tmp_path):
     short, blind = 'stage1_samples=16384', lambda c: .3
     more = [(o, v) for v in (short, 'stage1_samples=32768') for o in ('clip', 'dino', 'untrained')]
     r = Results('mini', write(tmp_path, answers=dict(clip=lambda c: .8 if c in GROUPS['OCR'] else .3, dino=blind) | {(o, short): blind for o in ('clip', 'dino', 'untrained')}, more=more))
-    assert judge(r).set_index('claim').verdict['5'] == 'replicated' and (t := judge(r, shorter=True)).claim.tolist() == ['5', '6', '6v'] and t.verdict[0] == 'no better than untrained'
-    assert sensitivity(r).loc['shorter alignment', '5'].endswith('no better than untrained') and along(r, 'stage1_samples').value.tolist()[::3] == ['131072', '16384', '32768']
+    assert judge(r).set_index('claim').verdict['5'] == 'replicated' and (t := judge(r, shorter=True)).claim.tolist() == ['5', '6', '6v'] and t.verdict[0] == 'not shown better than untrained'
+    assert sensitivity(r).loc['shorter alignment', '5'].endswith('not shown better than untrained') and along(r, 'stage1_samples').value.tolist()[::3] == ['131072', '16384', '32768']
     with pytest.raises(SettingsError, match='no VLMs whose stage 1 was shorter'): aligned(Results('mini', write(tmp_path, more=[('clip', 'stage1_samples=262144')])), 'clip', 'dino')
 
 def test_results_on_real_sets_come_first(tmp_path):
