@@ -37,7 +37,7 @@ from .questions import CATEGORIES, GROUPS, VISION, Questions
 from .readouts import joined
 from .sets import SETS
 from .vmcbench import aggregate, predictions, right, short
-from .world import render, scene
+from .world import POLICIES, render, scene
 
 # %% ../nbs/07_study.ipynb #171686b4
 RESULTS = 1  # version of the tables' form
@@ -537,7 +537,7 @@ def values_of(r:Results, key:str, how:str, a:str)->dict: # a setting -> value: v
     "What a setting was varied over: the preset's own value first"
     own, t = pretrain.settings(r.preset, a) if hasattr(pretrain.settings(r.preset, a), key) else vlm.settings(r.preset), runs_of(r, how)
     found = {m[1]: v for v in sorted(set(t.variant[t.objective == a])) if (m := re.fullmatch(rf'{key}=(\S+)( warmup=\S+)?', v))}
-    return {str(getattr(own, key)): '', **found}
+    return {str(getattr(own, key)): '', **{k: found[k] for k in (POLICIES if key == 'captions' else found) if k in found}}
 
 def along(r:Results, key:str, how:str='VLM', a:str='clip', b:str='dino', **choice)->pd.DataFrame: # one of `LINES`
     "The gap between two objectives along a setting, in tasks of linear probes or in groups of VLMs' questions, over the seeds that both have"
