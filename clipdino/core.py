@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'PACKAGES', 'SettingsError', 'check', 'one_of', 'Settings', 'injected', 'CannotWrite', 'writing', 'sync',
            'root', 'in_test', 'runs_dir', 'run_dir', 'alone', 'cache_dir', 'whole', 'write_json', 'read_json',
-           'Metrics', 'commit', 'environment', 'mix', 'uniform', 'generator', 'np_rng', 'permute', 'terminal',
+           'Metrics', 'commit', 'cores', 'environment', 'mix', 'uniform', 'generator', 'np_rng', 'permute', 'terminal',
            'Progress', 'say', 'digest', 'stamp', 'theme']
 
 # %% ../nbs/00_core.ipynb #d77a32ce
@@ -177,6 +177,8 @@ def commit()->str:
     try: return git('rev-parse', '--short=12', 'HEAD') + ('+' if git('status', '--porcelain', '--untracked-files=no') else '')
     except OSError: return ''
 
+def cores()->int: return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()  # that this process may use
+
 def environment()->dict:
     "What a run ran on: Python, packages, commit and device"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{platform.machine()} CPU, {os.cpu_count()} cores'
@@ -193,8 +195,8 @@ def mix(*keys)->torch.Tensor: # ints, or int64 tensors that broadcast together
     h = torch.zeros((), dtype=torch.int64)
     for k in keys:
         k = torch.as_tensor(k, dtype=torch.int64)
-        if k.ndim: h = h.to(k.device)
-        h = (h ^ k.to(h.device)) * _M1 + _GAMMA
+        if k.ndim and h.ndim: h = h.to(k.device)  # a scalar of the CPU goes with any device, and is not copied there
+        h = (h ^ k) * _M1 + _GAMMA
         h = (h ^ _shr(h, 30)) * _M1
         h = (h ^ _shr(h, 27)) * _M2
         h = h ^ _shr(h, 31)

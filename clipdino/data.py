@@ -20,6 +20,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from filelock import FileLock
 from braceexpand import UnbalancedBracesError, braceexpand
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -121,12 +122,16 @@ def stamp(path)->tuple:
 def index(path)->Index:
     "Index of a shard: kept in the cache by path and `stamp`, scanned if it is not there"
     kept = cache_dir()/'shards'/f'{digest(os.path.abspath(path), *stamp(path))}.npz'
-    try:
-        with np.load(kept) as f: return Index(f['head'], f['at'], f['size'], bool(f['cut']))
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile): pass  # not there, or damaged
-    ix = scan(path)
+    def read():
+        try:
+            with np.load(kept) as f: return Index(f['head'], f['at'], f['size'], bool(f['cut']))
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile): return None  # not there, or damaged
+    if (ix := read()) is not None: return ix
     kept.parent.mkdir(exist_ok=True)
-    with whole(kept) as tmp, open(tmp, 'wb') as f: np.savez(f, **vars(ix))
+    with FileLock(f'{kept}.lock'):
+        if (ix := read()) is not None: return ix  # another process has scanned it meanwhile
+        ix = scan(path)
+        with whole(kept) as tmp, open(tmp, 'wb') as f: np.savez(f, **vars(ix))
     return ix
 
 # %% ../nbs/01_data.ipynb #91967009

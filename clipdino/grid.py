@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from .analysis import settings as analysis_settings
-from .core import Metrics, PRESETS, Settings, SettingsError, check, environment, in_test, one_of, read_json, root, runs_dir, say, writing
+from .core import Metrics, PRESETS, Settings, SettingsError, check, cores, environment, in_test, one_of, read_json, root, runs_dir, say, writing
 from .lm import lm_dir, settings as lm_settings
 from .objectives import OWN
 from .pretrain import OBJECTIVES, check_settings, program, settings as pretrain_settings
@@ -304,11 +304,11 @@ MEMORY = 2**31  # bytes for a run without a GPU
 
 def slots(workers:int=0, threads:int=0)->list: # as in `Grid` -> for each worker, what is set in the environment of its runs
     "The workers of this machine"
-    n, ids, cores = torch.cuda.device_count(), os.environ.get('CUDA_VISIBLE_DEVICES'), len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    n, ids, n_cores = torch.cuda.device_count(), os.environ.get('CUDA_VISIBLE_DEVICES'), cores()
     gpus = [v.strip() for v in ids.split(',')][:n] if ids else [str(i) for i in range(n)]
-    fit = max(min(cores, os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')//MEMORY), 1)
+    fit = max(min(n_cores, os.sysconf('SC_PHYS_PAGES')*os.sysconf('SC_PAGE_SIZE')//MEMORY), 1)
     workers = workers or len(gpus) or fit
-    threads = threads or (max(cores//workers, 1) if gpus else 1)
+    threads = threads or (max(n_cores//workers, 1) if gpus else 1)
     return [dict(OMP_NUM_THREADS=str(threads), **({'CUDA_VISIBLE_DEVICES': gpus[i % len(gpus)]} if gpus else {})) for i in range(workers)]
 
 def surroundings(**more)->dict:

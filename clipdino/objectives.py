@@ -238,12 +238,13 @@ def clip_loss(x:torch.Tensor, t:torch.Tensor, # (b, D) unit length
               scale:torch.Tensor)->torch.Tensor:
     "Symmetric softmax loss of this process's rows; its mean over processes is the loss of the global batch"
     target = torch.arange(len(x), device=x.device) + rank()*len(x)
-    return (F.cross_entropy(scale*x @ gather(t).T, target) + F.cross_entropy(scale*t @ gather(x).T, target))/2
+    with torch.autocast(x.device.type, enabled=False): ours, theirs = scale*x @ gather(t).T, scale*t @ gather(x).T  # bf16 would leave three digits of a logit of up to 100
+    return (F.cross_entropy(ours, target) + F.cross_entropy(theirs, target))/2
 
 def siglip_loss(x:torch.Tensor, t:torch.Tensor, # (b, D) unit length
                 scale:torch.Tensor, bias:torch.Tensor)->torch.Tensor:
     "Sigmoid loss over all pairs, per image (Zhai et al., 2023, algorithm 1)"
-    z = scale*x @ gather(t).T + bias
+    with torch.autocast(x.device.type, enabled=False): z = scale*x @ gather(t).T + bias
     n = len(x)
     own = torch.arange(n, device=x.device)
     return (F.softplus(z).sum() - z[own, own + rank()*n].sum())/n

@@ -30,6 +30,7 @@ import timm
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -179,7 +180,7 @@ def launched()->bool: # by torchrun, or by accelerate
 def world_size(run:Pretrain)->int:
     "How many processes share the run"
     if launched(): return int(os.environ.get('WORLD_SIZE', 1))
-    return run.processes or max(torch.cuda.device_count(), 1)
+    return run.processes or (1 if in_test() else max(torch.cuda.device_count(), 1))  # in a test each process has folders of its own
 
 def reads_captions(objective:str)->bool:
     "Whether an objective that is known here has a text tower"
@@ -187,6 +188,7 @@ def reads_captions(objective:str)->bool:
 
 def check_inputs(run:Pretrain):
     "Refuse a run that can't be split over its processes, or whose shards or text model are not there"
+    check(os.environ.get('ACCELERATE_USE_FSDP', 'false') != 'true', 'accelerate launch --use_fsdp would split weights that every process needs whole: launch without it')
     check(run.data != '', f'the preset {run.preset} trains on image-text shards: give them with -p data')
     check(not run.eval_data or reads_captions(run.objective), f'eval_data is for objectives that read captions, and {run.objective} reads none')
     if run.data != 'world':
@@ -432,6 +434,7 @@ def precision_of(run:Pretrain)->str:
 
 def accelerator(run:Pretrain, folder:Path)->Accelerator:
     "Devices, processes, precision and tracker"
+    AcceleratorState._reset_state()  # this Python process may have made a run of another precision
     cpu = world_size(run) > 1 and launched() and not torch.accelerator.is_available()  # accelerate would take each process for a run of its own
     acc = Accelerator(cpu=cpu, mixed_precision='bf16' if precision_of(run) == 'bf16' else 'no', log_with=run.tracker or None, project_dir=str(folder),
                       kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=_PATIENCE)])
@@ -767,7 +770,7 @@ def pretrain(run:Pretrain)->dict:
     "Begin, continue or look up a run; its result"
     check_inputs(run)
     folder = run_dir(run.folder_name)
-    if (result := complete(folder, run)) is not None: return result
+    if not launched() and (result := complete(folder, run)) is not None: return result  # of several processes, all or none must look
     if launched() or world_size(run) == 1: return train(run, folder)
     return spawn(run, folder)
 

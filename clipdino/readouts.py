@@ -65,7 +65,10 @@ class Blocks:
         self.n, self.kept = len(x) if rows is None else len(rows), None
         self.statistics()
         if torch.device(device).type == 'cuda': keep = torch.cuda.mem_get_info(device)[0]//8
-        if self.n*self.width <= keep: self.kept = torch.cat([self.turned(a, min(a + 8192, self.n)) for a in range(0, self.n, 8192)])
+        if self.n*self.width <= keep:
+            kept = torch.empty(self.n, self.width, device=device)  # filled piece by piece: all pieces beside the whole would be twice as much
+            for a in range(0, self.n, 8192): kept[a:a + 8192] = self.turned(a, min(a + 8192, self.n))
+            self.kept = kept
 
     def raw(self, a:int, b:int)->torch.Tensor: # (b - a, width)
         "Rows as they are, but for the unit norm"

@@ -123,7 +123,7 @@ def shift_hue(x:torch.Tensor, # (N, 3, H, W) in [0, 1]
     safe = torch.where(c == 0, 1., c)
     h = torch.where(v == r, (g - b)/safe, torch.where(v == g, 2 + (b - r)/safe, 4 + (r - g)/safe))
     h = (h + 6*turn[:, None, None])[:, None]
-    n = torch.tensor([5., 3., 1.], device=x.device).view(1, 3, 1, 1)
+    n = (5 - 2*torch.arange(3, device=x.device)).view(1, 3, 1, 1)
     k = (n + h) % 6
     return v[:, None] - c[:, None]*torch.minimum(k, 4 - k).clamp(0, 1)
 
@@ -138,8 +138,9 @@ def colour_jitter(x:torch.Tensor, # (N, 3, H, W) in [0, 1]
     hue_at = (ops == 3).int().argmax(1)
     by_hue = hue_at.argsort(stable=True)  # so that those whose hue comes at the same turn are a slice
     ends = hue_at.bincount(minlength=4).cumsum(0).tolist()
-    others = ops[ops != 3].view(-1, 3)[by_hue].to(x.device)
-    x, factors = x[by_hue.to(x.device)], factors[by_hue.to(factors.device)].to(x.device)
+    others = ops[ops != 3].view(-1, 3)[by_hue].to(x.device, non_blocking=True)
+    factors, at = factors[by_hue.to(factors.device)].to(x.device, non_blocking=True), by_hue.to(x.device, non_blocking=True)
+    x = x[at]
     for turn in range(4):
         here = slice(ends[turn - 1] if turn else 0, ends[turn])
         x[here] = shift_hue(x[here], factors[here, 3])
@@ -150,7 +151,7 @@ def colour_jitter(x:torch.Tensor, # (N, 3, H, W) in [0, 1]
         g = grey(x)
         x = (x*f[:, None, None, None]).add_(only(2, 1 - f)*g + only(1, 1 - f)*g.mean((-1, -2), keepdim=True)).clamp_(0, 1)
     out = torch.empty_like(x)
-    out[by_hue.to(x.device)] = x
+    out[at] = x
     return out
 
 # %% ../nbs/01_views.ipynb #ca4a67fa
@@ -166,7 +167,7 @@ def blur_matrix(sigma:torch.Tensor, # (N,) px
     return w/w.sum(-1, keepdim=True)
 
 # %% ../nbs/01_views.ipynb #5ce9d62b
-def _t(values, device): return torch.tensor(values, dtype=torch.float32, device=device)
+def _t(values, device): return torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)
 
 class Views:
     "Makes views of one size, all at once"
@@ -186,7 +187,7 @@ class Views:
         box = crop_boxes(u, hw, self.of('scale')[:, None], self.of('ratio')[:, None]).to(device, non_blocking=True)
         u = u[..., 2*TRIES + 2:]
         rows = resize_matrix(box[..., 0], box[..., 2], self.size, canvas, None, self.filter)
-        cols = resize_matrix(box[..., 1], box[..., 3], self.size, canvas, self.chosen(u[..., 0], 'flip').to(device), self.filter)
+        cols = resize_matrix(box[..., 1], box[..., 3], self.size, canvas, self.chosen(u[..., 0], 'flip').to(device, non_blocking=True), self.filter)
         x = resample(images, rows, cols).flatten(0, 1)
         for name, change in ('jitter', self.jittered), ('grey', grey), ('blur', self.blurred), ('solarise', lambda x: torch.where(x >= 128/255, 1 - x, x)):
             if not any(getattr(v, name) for v in self.views): continue
@@ -206,7 +207,7 @@ class Views:
 
     def blurred(self, x, u, view):
         lo, hi = self.of('sigma')[view].unbind(-1)
-        b = blur_matrix((lo + (hi - lo)*u[:, 10]).to(x.device), self.size)[:, None]
+        b = blur_matrix((lo + (hi - lo)*u[:, 10]).to(x.device, non_blocking=True), self.size)[:, None]
         return (b @ x @ b.mT).clamp_(0, 1)
 
 # %% ../nbs/01_views.ipynb #8f5befc5

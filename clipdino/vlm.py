@@ -444,8 +444,9 @@ class Stage:
         "The reader as the processes share it; made when it is first used, from what was loaded"
         p = self.p
         if not self.sharded: return p.acc.prepare(p.reader)
+        before, self.opt = self.opt.state_dict(), None  # which would keep the weights in one piece
         shard_reader(p.reader, p.acc)
-        before, self.opt = self.opt.state_dict(), self._optimiser()
+        self.opt = self._optimiser()
         params = [v for g in self.opt.param_groups for v in g['params']]
         for i, slots in before['state'].items(): slots.update({k: distribute_tensor(t.to(params[i].device), params[i].device_mesh, params[i].placements, src_data_rank=None) for k, t in slots.items() if t.ndim})
         self.opt.load_state_dict(before)
@@ -516,7 +517,7 @@ class Stage:
                 if self.step % every == 0 or self.step == self.steps:
                     seconds = time.time() - clock
                     p.log(stage=self.k, stage_step=self.step, **out, per_s=(self.step - since)*run.of(self.k, 'batch')/seconds, waited=waited/seconds)
-                    shown(self.step, stage=self.k, **out)
+                    if p.acc.is_main_process: shown(self.step, stage=self.k, **out)
                     clock, since, waited = time.time(), self.step, 0.
                 if self.step % save_every == 0 or self.step == self.steps: self.save()
 
@@ -658,7 +659,7 @@ def train_vlm(run:VLMRun)->dict:
     "Train a VLM, or look up a run that is complete; its result"
     check_inputs(run)
     folder = run_dir(run.folder_name)
-    if (result := complete(folder, run)) is not None: return result
+    if not launched() and (result := complete(folder, run)) is not None: return result  # of several processes, all or none must look
     if launched() or world_size(run) == 1: return train(run, folder)
     return spawn(run, folder, 'clipdino.vlm', arguments(run, settings(run.preset)))
 

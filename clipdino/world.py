@@ -25,7 +25,7 @@ import torch
 from filelock import FileLock
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
-from .core import cache_dir, check, digest, one_of, say, uniform, whole
+from .core import cache_dir, check, cores, digest, one_of, say, uniform, whole
 
 # %% ../nbs/00_world.ipynb #8a22b4b2
 VERSION = '2'  # of the pixels and captions; part of every cache key and result
@@ -448,7 +448,7 @@ class World:
         with FileLock(f'{path}.lock'):
             if not path.exists():
                 for left in path.parent.glob(f'.{path.name}.*.tmp'): left.unlink()  # of a process that was killed while it rendered
-                render_file(path, n, size, seed, split, kinds, workers or os.cpu_count())
+                render_file(path, n, size, seed, split, kinds, workers or cores())
         self.images = np.load(path, mmap_mode='r')
 
     def __len__(self): return self.n

@@ -1,13 +1,20 @@
-"A batch in parts, or over several processes, gives the gradients of the batch in one piece."
-import json, os, re, subprocess
+"A batch in parts, or over several processes, gives the gradients of the batch in one piece; and what can be known of GPUs without one."
+import json, os, re, subprocess, time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import group, shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import clipdino.data as data
 from clipdino.core import SettingsError, mix
-from clipdino.pretrain import OBJECTIVES, Trainer, accelerator, arguments, check_inputs, main, pretrain, settings, spawn, state_tensors
+from clipdino.objectives import clip_loss, siglip_loss
+from clipdino.pretrain import MEAN, OBJECTIVES, STD, Trainer, accelerator, arguments, check_inputs, main, make_objective, pretrain, settings, spawn, state_tensors, view_groups, world_size
+from clipdino.views import make_views
 
 root = Path(__file__).parent.parent
 DINOS = dict(dino={}, dino_norm=dict(head_norm=True), dino_no_locals=dict(local_crops=0, freeze_last=0.))
@@ -157,3 +164,51 @@ def test_processes_that_share_no_folder_are_refused(tmp_path):
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr('torch.cuda.device_count', lambda: 1)
     with pytest.raises(SettingsError, match='processes=2, but this machine has 1 GPUs'): check_inputs(settings('smoke', processes=2))
+
+# ---- what only a GPU would show
+
+class Copies(TorchDispatchMode):
+    "Copies from the CPU to the device `meta`, which stands for a GPU: those that block would make the CPU wait for all that the GPU still has to do"
+    def __init__(self): super().__init__(); self.seen = Counter()
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        k = kwargs or {}
+        if f is torch.ops.aten._to_copy.default and args[0].device.type == 'cpu' and str(k.get('device')) == 'meta': self.seen[bool(k.get('non_blocking'))] += 1
+        return f(*args, **k)
+
+@pytest.mark.parametrize('objective', ['clip', 'dino'])
+def test_no_copy_to_the_device_blocks(objective):
+    run, n = settings('small', objective), 8
+    with torch.device('meta'): o = make_objective(run).train()
+    o.set_progress(.5)
+    with Copies() as copies:
+        views = make_views(view_groups(run), torch.empty(n, run.canvas, run.canvas, 3, dtype=torch.uint8, device='meta'), torch.full((n, 2), run.canvas), 0, torch.zeros(n, dtype=torch.int64), torch.arange(n), MEAN, STD)
+        if objective == 'dino': o(views, None, torch.zeros(n, dtype=torch.int64, device='meta'))
+    assert copies.seen[True] > 1 and not copies.seen[False]
+
+@pytest.mark.parametrize('loss', [lambda x, t: clip_loss(x, t, torch.tensor(100.)), lambda x, t: siglip_loss(x, t, torch.tensor(100.), torch.tensor(-10.))], ids=['clip', 'siglip'])
+def test_logits_are_not_rounded(loss):
+    x, t = (F.normalize(torch.randn(16, 64, generator=torch.Generator().manual_seed(k)), dim=1) for k in (0, 1))
+    with torch.autocast('cpu', torch.bfloat16): rounded = loss(x, t)
+    assert rounded == loss(x, t)
+
+def test_two_precisions_in_one_process(tmp_path):
+    assert [accelerator(settings('smoke', precision=p), tmp_path).mixed_precision for p in ('bf16', 'fp32', 'bf16')] == ['bf16', 'no', 'bf16']
+
+def test_weights_are_not_split_in_pretraining(monkeypatch):
+    monkeypatch.setenv('ACCELERATE_USE_FSDP', 'true')
+    with pytest.raises(SettingsError, match='--use_fsdp would split weights that every process needs whole'): check_inputs(settings('smoke'))
+
+def test_one_process_in_tests_whatever_the_gpus(monkeypatch):
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 2)
+    assert world_size(settings('smoke')) == 2
+    monkeypatch.setenv('IN_TEST', '1')
+    assert world_size(settings('smoke')) == 1 and world_size(settings('smoke', processes=3)) == 3
+
+def test_a_shard_is_scanned_once(tmp_path, monkeypatch):
+    "Also if several want its index at the same time"
+    monkeypatch.setenv('CLIPDINO_CACHE', str(tmp_path/'cache'))
+    shard(tmp_path/'a.tar', 0, 40)
+    scans = []
+    monkeypatch.setattr(data, 'scan', lambda path, scan=data.scan: scans.append(path) or time.sleep(.2) or scan(path))
+    with ThreadPoolExecutor(4) as ex: found = list(ex.map(data.index, [tmp_path/'a.tar']*4))
+    assert len(scans) == 1 and all(len(ix) == 40 for ix in found)
