@@ -6,11 +6,12 @@
 __all__ = ['MEAN', 'STD', 'default_cfgs', 'CLIP_VOCAB', 'BYTE_TOKENS', 'OWN', 'ConvStem', 'clipdino_vit_smoke',
            'clipdino_vit_mini', 'DropPath', 'encode', 'LastBlock', 'make_encoder', 'patch_of', 'clip_tokenizer', 'trim',
            'ShortText', 'text_heads', 'TextTower', 'text_folder', 'layers_of', 'text_config', 'PretrainedText', 'full',
-           'alone', 'gather', 'rank', 'clip_loss', 'siglip_loss', 'in_parts', 'Objective', 'Contrastive', 'Own',
-           'dino_loss', 'GlobalBatchNorm', 'DINOHead', 'cosine', 'DINO', 'Hybrid']
+           'alone', 'gather', 'rank', 'exactly', 'clip_loss', 'siglip_loss', 'in_parts', 'Objective', 'Contrastive',
+           'Own', 'dino_loss', 'GlobalBatchNorm', 'DINOHead', 'cosine', 'DINO', 'Hybrid']
 
 # %% ../nbs/01_objectives.ipynb #935fa519
 import copy, gzip, math, os, tempfile
+from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -234,17 +235,20 @@ def gather(x:torch.Tensor)->torch.Tensor: # (b, D) -> (B, D)
 
 def rank()->int: return 0 if alone() else dist.get_rank()
 
+def exactly(x:torch.Tensor): # where logits are not rounded to the digits of bf16
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
 def clip_loss(x:torch.Tensor, t:torch.Tensor, # (b, D) unit length
               scale:torch.Tensor)->torch.Tensor:
     "Symmetric softmax loss of this process's rows; its mean over processes is the loss of the global batch"
     target = torch.arange(len(x), device=x.device) + rank()*len(x)
-    with torch.autocast(x.device.type, enabled=False): ours, theirs = scale*x @ gather(t).T, scale*t @ gather(x).T  # bf16 would leave three digits of a logit of up to 100
+    with exactly(x): ours, theirs = scale*x @ gather(t).T, scale*t @ gather(x).T  # bf16 would leave three digits of a logit of up to 100
     return (F.cross_entropy(ours, target) + F.cross_entropy(theirs, target))/2
 
 def siglip_loss(x:torch.Tensor, t:torch.Tensor, # (b, D) unit length
                 scale:torch.Tensor, bias:torch.Tensor)->torch.Tensor:
     "Sigmoid loss over all pairs, per image (Zhai et al., 2023, algorithm 1)"
-    with torch.autocast(x.device.type, enabled=False): z = scale*x @ gather(t).T + bias
+    with exactly(x): z = scale*x @ gather(t).T + bias
     n = len(x)
     own = torch.arange(n, device=x.device)
     return (F.softplus(z).sum() - z[own, own + rank()*n].sum())/n
