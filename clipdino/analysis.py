@@ -305,8 +305,7 @@ def analyse(run:AnalysisRun)->dict:
     with alone(run_dir(run.folder_name)) as folder: return analyse_in(folder, encoders, run)
 
 def analyse_in(folder:Path, encoders:list, run:AnalysisRun)->dict:
-    if not (folder/'result.json').exists(): (folder/'settings.json').unlink(missing_ok=True)  # an attempt that did not end binds nobody
-    check_settings(folder, run, digest([e.fingerprint for e in encoders]))
+    check_settings(folder, run, digest([e.fingerprint for e in encoders]), anew=not (folder/'result.json').exists())
     if (folder/'result.json').exists():
         say(f'{folder.name} is complete; delete its folder to run it again')
         return read_json(folder/'result.json')
@@ -317,6 +316,7 @@ def analyse_in(folder:Path, encoders:list, run:AnalysisRun)->dict:
     if run.data == 'world':  # classes are of pictures that have one object
         ordinary = Pictures('object', 'test', min(STRUCTURE, run.pictures), run.canvas)
         images, y = ordinary.world.images[:], ordinary.world.labels['object']
+    if y is not None and len(np.unique(y[:len(images)])) in (1, len(images)): y = None  # there are no pairs within a class, or none between
     result = dict(name=run.folder_name, encoders=[dict(name=e.name, fingerprint=e.fingerprint, size=e.size, dim=e.dim, depth=e.depth) for e in encoders])
     for what, f in dict(disagreement=lambda: disagreement(encoders, source, labels, run, folder), sensitivity=lambda: sensitivity(encoders, run), symbols=lambda: symbols(encoders, run),
                         conflicts=lambda: conflicts(encoders, run), structure=lambda: structure(encoders, images, None if y is None else y[:len(images)], run)).items():

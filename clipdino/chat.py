@@ -165,7 +165,7 @@ class Files:
 
     def square_of(self, i:int, size:int)->np.ndarray: # (size, size, 3) uint8
         try: return squares([self.picture(i)], size, self.square, self.mean)[0]
-        except BadSample as e: raise BadData(f'{self.folder}/{self.names[i]}: {e}. Open the list with verify=True, which leaves such rows out, or replace the file') from None
+        except BadSample as e: raise BadData(f'{self.folder}/{self.names[i]}: {e}. It was not when the list was opened, or nobody looked (verify=False): put back the file that was there') from None
 
     def batch(self, ids, size:int)->np.ndarray: # (B, size, size, 3) uint8
         return np.stack(list(threads().map(lambda i: self.square_of(int(i), size), ids)))

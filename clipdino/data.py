@@ -20,8 +20,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from filelock import FileLock
 from braceexpand import UnbalancedBracesError, braceexpand
+from filelock import FileLock
 from PIL import Image
 from torch.utils.data import DataLoader
 

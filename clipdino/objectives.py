@@ -7,10 +7,10 @@ __all__ = ['MEAN', 'STD', 'default_cfgs', 'CLIP_VOCAB', 'BYTE_TOKENS', 'OWN', 'C
            'clipdino_vit_mini', 'DropPath', 'encode', 'LastBlock', 'make_encoder', 'patch_of', 'clip_tokenizer', 'trim',
            'ShortText', 'text_heads', 'TextTower', 'text_folder', 'layers_of', 'text_config', 'PretrainedText', 'full',
            'alone', 'gather', 'rank', 'exactly', 'clip_loss', 'siglip_loss', 'in_parts', 'Objective', 'Contrastive',
-           'Own', 'dino_loss', 'GlobalBatchNorm', 'DINOHead', 'cosine', 'DINO', 'Hybrid']
+           'Own', 'dino_loss', 'GlobalBatchNorm', 'DINOHead', 'cosine', 'DINO', 'Hybrid', 'load_plugins']
 
 # %% ../nbs/01_objectives.ipynb #935fa519
-import copy, gzip, math, os, tempfile
+import copy, gzip, math, os, sys, tempfile
 from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
@@ -469,5 +469,13 @@ class Hybrid(Contrastive, DINO):
     def after_step(self, done, ok): Contrastive.after_step(self, done, ok), DINO.after_step(self, done, ok)
 
 # %% ../nbs/01_objectives.ipynb #bdacd8e6
+def load_plugins():
+    "Import the modules that `$CLIPDINO_PLUGINS` names"
+    for plugin in filter(None, map(str.strip, os.environ.get('CLIPDINO_PLUGINS', '').split(','))):
+        try: import_module(plugin)
+        except ModuleNotFoundError as e:
+            if e.name not in (plugin, plugin.split('.')[0]): raise  # it is there, and what it imports is not
+            raise SettingsError(f'CLIPDINO_PLUGINS names {plugin}, and no such module is found: give names as in an import, separated by commas; simclr for simclr.py in this folder') from None
+
 if '__file__' in globals():  # last of all, when there is all that they may import
-    for plugin in filter(None, os.environ.get('CLIPDINO_PLUGINS', '').split(',')): import_module(plugin.strip())
+    if 'clipdino.pretrain' not in sys.modules: load_plugins()  # else that one has begun and does it at its own end

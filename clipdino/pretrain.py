@@ -8,11 +8,11 @@ __all__ = ['OBJECTIVES', 'DISTILS', 'SMOKE', 'MINI', 'SMALL', 'PAPER', 'VIEW_SET
            'validate', 'launched', 'world_size', 'reads_captions', 'check_inputs', 'settings', 'make_objective',
            'dtype_of', 'seeded', 'one_view', 'two_views', 'view_groups', 'make_source', 'param_groups', 'schedule',
            'features', 'world_tasks', 'labelled_task', 'Probe', 'state_tensors', 'tensors_digest', 'save_state',
-           'load_state', 'use_compile', 'clip_gradients', 'NonFinite', 'check_settings', 'make_probe', 'precision_of',
-           'accelerator', 'on_main', 'agree', 'Parts', 'Trainer', 'last_scores', 'Watch', 'fit', 'cost', 'Blank',
-           'seconds_per_image', 'costs', 'show_costs', 'ahead', 'export_encoder', 'open_encoder', 'ranks', 'retrieval',
-           'final_scores', 'finish', 'complete', 'only_one', 'train', 'pretrain', 'arguments', 'spawn', 'program',
-           'main', 'collect', 'recipe', 'show_samples', 'show_views', 'show_curves', 'show_learning']
+           'load_state', 'use_compile', 'clip_gradients', 'NonFinite', 'kind_of', 'check_settings', 'make_probe',
+           'precision_of', 'accelerator', 'on_main', 'agree', 'Parts', 'Trainer', 'last_scores', 'Watch', 'fit', 'cost',
+           'Blank', 'seconds_per_image', 'costs', 'show_costs', 'ahead', 'export_encoder', 'open_encoder', 'ranks',
+           'retrieval', 'final_scores', 'finish', 'complete', 'only_one', 'train', 'pretrain', 'arguments', 'spawn',
+           'program', 'main', 'collect', 'recipe', 'show_samples', 'show_views', 'show_curves', 'show_learning']
 
 # %% ../nbs/02_pretrain.ipynb #568ea07d
 import argparse, hashlib, inspect, json, math, os, re, shutil, subprocess, sys, tempfile, textwrap, time
@@ -36,6 +36,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from scipy.stats import binomtest
 from timm.models._hub import save_for_hf
+from timm.models.vision_transformer import Block
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -43,7 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .core import (CannotWrite, Metrics, PRESETS, Progress, Settings, SettingsError, alone, check, digest, environment, generator, in_test, injected, one_of,
                            mix, read_json, run_dir, say, whole, write_json)
 from .data import Bad, BadData, Shards, Steps, expand, loader
-from .objectives import (BYTE_TOKENS, CLIP_VOCAB, Contrastive, DINO, DINOHead, Hybrid, MEAN, OWN, STD, PretrainedText, TextTower, cosine, make_encoder, patch_of, text_config, text_heads)
+from .objectives import (BYTE_TOKENS, CLIP_VOCAB, Contrastive, DINO, DINOHead, Hybrid, LastBlock, MEAN, OWN, STD, PretrainedText, TextTower, cosine, load_plugins, make_encoder, patch_of, text_config, text_heads)
 from .readouts import accuracy, grid, knn, linear_probe
 from .sets import open_set, split_spec
 from .views import AddViews, centre, clip_views, dino_views, make_views
@@ -198,7 +199,10 @@ def check_inputs(run:Pretrain):
     check(run.batch % n == 0, f'batch={run.batch} must be a multiple of the {n} processes')
     check(launched() or run.processes <= (torch.cuda.device_count() or run.processes), f'processes={run.processes}, but this machine has {torch.cuda.device_count()} GPUs for them')
     for spec in {run.data, run.eval_data} - {'world', ''}: expand(spec)
-    if run.probe_data and not Path(split_spec(run.probe_data)[1]).expanduser().is_dir(): expand(run.probe_data)  # a labelled set is a folder, or shards
+    if run.eval_data: Shards(run.eval_data, run.canvas)
+    if run.probe_data:
+        if not Path(split_spec(run.probe_data)[1]).expanduser().is_dir(): expand(run.probe_data)  # a labelled set is a folder, or shards
+        for split in 'train', 'test': open_set(run.probe_data, split)
     if run.objective == 'clip-lm': text_config(run.text_model, run.unlocked)
 
 # %% ../nbs/02_pretrain.ipynb #3a55fe4f
@@ -273,7 +277,9 @@ def _objective(run:Pretrain)->nn.Module:
     dino = _distilling(run, encoder.num_features) if run.objective in DISTILS else {}
     if run.objective == 'dino': return DINO(encoder, **dino)
     with seeded(run):
-        if run.objective in OWN: return OWN[run.objective].make(run, encoder)
+        if run.objective in OWN:
+            if type(encoder.blocks[-1]) is LastBlock: encoder.blocks[-1].__class__ = Block  # it may read patch tokens
+            return OWN[run.objective].make(run, encoder)
         text = (PretrainedText(run.text_model, run.unlocked, run.context, run.dim) if run.objective == 'clip-lm' else
                 TextTower(run.vocab, run.context, run.text_width, run.text_layers, run.dim))
         if run.objective == 'hybrid': return Hybrid(encoder, text, run.dim, run.clip_weight, run.dino_weight, **dino)
@@ -405,9 +411,18 @@ class NonFinite(RuntimeError): "A loss or gradient that is not finite"
 FREE = 'name', 'workers', 'save_every', 'tracker', 'max_bad'  # settings that change nothing in what a run ends with, and so may change when it continues; the name has done its work when the folder is found
 ROUNDING = 'micro', 'processes'  # these change the order of sums, and nothing else
 
-def check_settings(folder:Path, run:Pretrain, fingerprint:str, precision:str=''): # what training is in: fp32, bf16 or fp64
-    "Refuse to continue a run with other settings, data or precision; note them when it is new"
+def kind_of(s:dict)->str: # settings, of a run or noted in its folder
+    "Which notebook makes such a run"
+    return next(k for k, f in dict(pretrain='objective', vmcbench='vlm', analysis='encoders', vlm='llm', probe='encoder').items() if f in s)
+
+def check_settings(folder:Path, run:Settings, fingerprint:str, precision:str='', # what training is in: fp32, bf16 or fp64
+                   anew:bool=False): # whether an attempt before this one left nothing that binds it
+    "Refuse to continue a run of another kind or with other settings, data or precision; note them when it is new"
     path, now = folder/'settings.json', dict(asdict(run), fingerprint=fingerprint)
+    if path.exists():
+        then, own = kind_of(read_json(path)), kind_of(now)
+        check(then == own, f'{folder.name} is a run of {then}, and not of {own}: give this one another name')
+        if anew: path.unlink()
     if path.exists():
         then = {**{f.name: f.default for f in fields(run)}, **read_json(path)}  # a setting that is newer than the run had its default
         other = {k: f'{k} was {then.get(k)!r} and is now {v!r}' for k, v in now.items() if then.get(k) != v and k not in FREE}
@@ -820,6 +835,7 @@ def main(args=None):
         return {k: result[k] for k in ('name', 'samples', 'loss', 'images_per_s', 'val')}
     program('clipdino.pretrain', Pretrain, go, 'Pre-train an encoder.', args)
 
+load_plugins()  # last of all, when there is all that they may import
 if __name__ == '__main__' and '__file__' in globals(): main()  # as a program; in a notebook there is no file
 
 # %% ../nbs/02_pretrain.ipynb #6207ee85

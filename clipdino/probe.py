@@ -24,7 +24,7 @@ import seaborn as sns
 import torch
 from filelock import FileLock
 
-from .core import Progress, Settings, alone, cache_dir, check, digest, environment, in_test, injected, read_json, root, run_dir, say, theme, whole, write_json, writing
+from .core import Progress, Settings, SettingsError, alone, cache_dir, check, digest, environment, in_test, injected, read_json, root, run_dir, say, theme, whole, write_json, writing
 from .encoders import Encoder, load_encoder
 from .pretrain import LOOKS, check_settings, tensors_digest
 from .readouts import READOUTS, authors_probe, check_features, choose, few_shot, fit_maps, fit_probes, grid, interval, knn, map_classes, mean_iou, overlaps, paired, report, try_settings
@@ -69,7 +69,12 @@ def settings(preset:str='mini', **given)->ProbeRun:
     "The settings of a run"
     return ProbeRun.make(SIZES, preset, **given)
 
-def device_of(name:str)->str: return ('cuda' if torch.cuda.is_available() else 'cpu') if name == 'auto' else name
+def device_of(name:str)->str:
+    "The device called `name`; auto: a GPU if there is one"
+    if name == 'auto': return 'cuda' if torch.cuda.is_available() else 'cpu'
+    try: torch.empty(0, device=name)
+    except (RuntimeError, AssertionError): raise SettingsError(f'device={name} is not there: give cpu, cuda, cuda:1 or the like, or auto') from None
+    return name
 
 # %% ../nbs/03_probe.ipynb #29116736
 FEATURES = '1'  # version of what is written
@@ -309,8 +314,7 @@ def probe(run:ProbeRun)->dict:
 def probe_in(folder:Path, encoder:Encoder, run:ProbeRun)->dict:
     other = folder.parent/run.against
     check(not run.against or (other/'result.json').exists(), f'{run.against} is no finished probing run to compare with')
-    if not (folder/'result.json').exists(): (folder/'settings.json').unlink(missing_ok=True)  # an attempt that did not end binds nobody
-    check_settings(folder, run, encoder.fingerprint)
+    check_settings(folder, run, encoder.fingerprint, anew=not (folder/'result.json').exists())
     if (folder/'result.json').exists():
         say(f'{folder.name} is complete; delete its folder to run it again')
         return read_json(folder/'result.json')

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['RESULTS', 'STAGES', 'GALLERY', 'PICTURES', 'MATCHINGS', 'CLAIMS', 'MARGIN', 'ALPHA', 'WAYS', 'OTHERWISE', 'VERDICTS',
-           'UNITS', 'MARKS', 'LINES', 'LINE_COLOURS', 'VARIED', 'READ', 'kind_of', 'deciding', 'identity',
-           'variant_key', 'finished', 'tables_dir', 'collect', 'pairs_of', 'questions_of', 'patches_of', 'read_table',
-           'Results', 'Effect', 'effect', 'by_seed', 'curves', 'like', 'matched', 'aligned', 'of_main', 'probed',
-           'mean_of', 'real_or', 'answered', 'differences', 'on_average', 'in_training', 'Claim', 'claim',
-           'classification', 'fine_grained', 'factors', 'moves', 'show_moves', 'symbols', 'text_questions',
-           'other_questions', 'vision_questions', 'sigmoid', 'text_encoder', 'language_model', 'outcome', 'judge',
-           'judgements', 'sensitivity', 'show_claims', 'measured', 'ruled', 'chance', 'found', 'told', 'verdicts',
-           'abstract', 'for_readme', 'refresh', 'runs_of', 'values_of', 'along', 'show_along', 'show_varied',
-           'kinds_of_tasks', 'show_kinds', 'show_pairs', 'show_patch_tokens']
+           'UNITS', 'MARKS', 'LINES', 'LINE_COLOURS', 'VARIED', 'READ', 'deciding', 'identity', 'variant_key',
+           'finished', 'tables_dir', 'collect', 'pairs_of', 'questions_of', 'patches_of', 'read_table', 'Results',
+           'Effect', 'effect', 'by_seed', 'curves', 'like', 'matched', 'aligned', 'of_main', 'probed', 'mean_of',
+           'real_or', 'answered', 'differences', 'on_average', 'in_training', 'Claim', 'claim', 'classification',
+           'fine_grained', 'factors', 'moves', 'show_moves', 'symbols', 'text_questions', 'other_questions',
+           'vision_questions', 'sigmoid', 'text_encoder', 'language_model', 'outcome', 'judge', 'judgements',
+           'sensitivity', 'show_claims', 'measured', 'ruled', 'p_value', 'found', 'told', 'verdicts', 'abstract',
+           'for_readme', 'refresh', 'runs_of', 'values_of', 'along', 'show_along', 'show_varied', 'kinds_of_tasks',
+           'show_kinds', 'show_pairs', 'show_patch_tokens']
 
 # %% ../nbs/07_study.ipynb #30b1e560
 import math, re, sys
@@ -47,10 +47,6 @@ _NAMES = 'preset', 'objective', 'seed', 'name', 'encoder', 'encoders', 'vlm', 'a
 _MACHINERY = 'max_bad', 'micro', 'processes', 'workers', 'augment', 'precision', 'compile', 'probes', 'probe_data', 'eval_data', 'save_every', 'tracker', 'cached', 'shard', 'recompute', 'device'
 _ELSEWHERE = dict(vlm=('questions',), probe=('data', 'authors', 'batch'), analysis=('batch',), vmcbench=('questions', 'n', 'canvas', 'limit', 'how', 'blind', 'batch'))  # what the rows of a kind say themselves, or what changes no number
 
-def kind_of(s:dict)->str: # settings.json
-    "Which notebook made a run"
-    return next(k for k, f in dict(pretrain='objective', vmcbench='vlm', analysis='encoders', vlm='llm', probe='encoder').items() if f in s)
-
 def deciding(kind:str, preset:str, objective:str='', then:dict={})->tuple: # settings.json -> settings, of the preset and of the run
     "What decides a run's numbers, by name; a setting that is newer than the run had its default, and data that the preset leaves open is told apart by its fingerprint"
     make = dict(STAGES, vlm=vlm)[kind].settings
@@ -61,7 +57,7 @@ def deciding(kind:str, preset:str, objective:str='', then:dict={})->tuple: # set
 def identity(folder:Path)->dict: # a finished run
     "What a run was, in a row"
     s, r = (read_json(Path(folder)/f) for f in ('settings.json', 'result.json'))
-    kind, e = kind_of(s), r['environment']
+    kind, e = pretrain.kind_of(s), r['environment']
     base, own = deciding(kind, s['preset'], s.get('objective', ''), s)
     weights = load_encoder(str(folder)).fingerprint if kind == 'pretrain' else vmcbench.saved(Path(folder)) if kind == 'vlm' else ''
     return dict(version=RESULTS, run=Path(folder).name, kind=kind, preset=s['preset'], objective=s.get('objective', ''), seed=s['seed'], of=next((s[k] for k in ('encoder', 'encoders', 'vlm') if k in s), ''),
@@ -476,13 +472,13 @@ def ruled(c)->str: # row of `judge`
     "Verdict of a claim, and of which objectives it is"
     return f'{c.floor} {c.verdict}'.strip()
 
-def chance(c)->str: # row of `judge`
+def p_value(c)->str: # row of `judge`
     "The corrected p-value of a claim's test; nothing if it has none or its encoders did not learn enough"
     return '' if c.p != c.p or c.floor else ' (p\xa0<\xa0.001)' if c.p < .001 else f' (p\xa0=\xa0{c.p:.3f})'
 
 def found(c)->str: # row of `judge`
     "Effect, interval and verdict of a claim, and why it has none"
-    return ', '.join(filter(None, (measured(c), f'*{ruled(c)}*{chance(c)}'))) + f' ({c.why})'*(c.why != '')
+    return ', '.join(filter(None, (measured(c), f'*{ruled(c)}*{p_value(c)}'))) + f' ({c.why})'*(c.why != '')
 
 def told(tables:dict, *ids): # of `judgements`
     "Some claims in sentences"
@@ -494,7 +490,7 @@ def told(tables:dict, *ids): # of `judgements`
 def verdicts(tables:dict)->pd.DataFrame: # of `judgements`
     "All claims in a table"
     first = next(iter(tables.values()))
-    def cells(t): return first.claim.map({c.claim: ', '.join(filter(None, (measured(c), ruled(c) + chance(c)))) for c in t.itertuples()}).fillna('')
+    def cells(t): return first.claim.map({c.claim: ', '.join(filter(None, (measured(c), ruled(c) + p_value(c)))) for c in t.itertuples()}).fillna('')
     return pd.DataFrame({'': first.claim, 'claim': first.says, 'the paper': first.paper, **{way: cells(t) for way, t in tables.items()}})
 
 def abstract(r:Results, tables:dict): # of `judgements`

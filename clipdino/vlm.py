@@ -362,7 +362,7 @@ def make_chats(run:VLMRun, stage:int, mean): # colour of the padding that makes 
     spec, n = run.of(stage, 'data'), WORLD_ROWS[run.preset][stage - 1]
     if spec == 'world': return WorldCaptions(n, run.canvas, 0, run.captions) if stage == 1 else AnyQuestions(WorldVQA('train', n, run.canvas), run.answers)
     path, _, folder = spec.rpartition(':')
-    return LlavaJson(path, folder, ('crop', 'pad')[stage - 1], mean, max_bad=run.max_bad, verify=run.cached)
+    return LlavaJson(path, folder, ('crop', 'pad')[stage - 1], mean, max_bad=run.max_bad)
 
 class Seen:
     "The patch tokens of pictures"

@@ -351,8 +351,7 @@ def evaluate_in(folder:Path, run:Score, questions:Questions|None)->dict:
     questions = questions_of(run) if questions is None else questions
     vlm = load_vlm(untrained_vlm(folder/'untrained', questions, seed=run.seed) if run.vlm == 'untrained' else run.vlm, device_of(run.device), run.precision)
     if run.against: check(read_json(other/'result.json')['questions']['fingerprint'] == questions.fingerprint, f'{run.against} answered other questions')
-    if not Metrics.read(path): (folder/'settings.json').unlink(missing_ok=True)  # an attempt that answered nothing binds nobody
-    check_settings(folder, run, digest(vlm.fingerprint, questions.fingerprint))
+    check_settings(folder, run, digest(vlm.fingerprint, questions.fingerprint), anew=not Metrics.read(path))
     if (folder/'result.json').exists():
         say(f'{folder.name} is complete; delete its folder to run it again')
         return read_json(folder/'result.json')

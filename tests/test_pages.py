@@ -121,5 +121,8 @@ def test_objectives_from_elsewhere(tmp_path, monkeypatch):
     assert p.returncode == 0 and (folder/'result.json').exists(), p.stderr
     e = load_encoder(str(folder))
     assert e.dim == 32 and not e.has_text
+    def importing(plugins, first): return subprocess.run([sys.executable, '-c', f'import clipdino.{first}; from clipdino.objectives import OWN; print(list(OWN))'], cwd=tmp_path, env=dict(env, CLIPDINO_PLUGINS=plugins), capture_output=True, text=True)
+    for first in 'pretrain', 'objectives', 'encoders': assert importing('simclr', first).stdout == "['simclr']\n", first
+    for wrong in 'simclr.py', 'nothing': assert f'CLIPDINO_PLUGINS names {wrong}, and no such module is found' in importing(wrong, 'pretrain').stderr
     monkeypatch.setitem(pretrain.OWN, 'simclr', Own(make=None, views=None, captions=True))
     assert load_encoder(str(folder)).has_text  # as it says of itself where it is known

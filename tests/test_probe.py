@@ -9,7 +9,7 @@ from PIL import Image
 
 import clipdino.analysis as analysis
 import clipdino.probe as probe
-from clipdino.core import CannotWrite, SettingsError, cache_dir
+from clipdino.core import CannotWrite, SettingsError, cache_dir, run_dir, write_json
 from clipdino.encoders import load_encoder
 from clipdino.pretrain import Probe, labelled_task, pretrain, settings as pretrain_settings
 from helpers import shard
@@ -204,6 +204,23 @@ def test_a_mistake_can_be_mended_under_the_same_name(tmp_path):
         if data == 'nowhere':
             with pytest.raises(SettingsError, match='no shards at nowhere'): probe.probe(run)
         else: assert probe.probe(run)['tasks']['mine']['linear']['pictures'] == 24
+
+@pytest.mark.parametrize('device', ['gpu0', 'cuda:99'])
+def test_a_device_that_is_not_there(device):
+    with pytest.raises(SettingsError, match=f'device={device} is not there: give cpu'): probe.probe(probe.settings('smoke', encoder=ENCODER, device=device))
+
+def test_a_folder_of_another_kind_is_left_alone():
+    "A pre-training that was cut, whose states would bind a run of its name"
+    write_json(note := run_dir('cut')/'settings.json', dict(objective='clip', preset='smoke', fingerprint='f'))
+    before = note.read_bytes()
+    for go, run in (probe.probe, probe.settings('smoke', encoder=ENCODER, name='cut')), (analysis.analyse, analysis.settings('smoke', encoders=f'{ENCODER},random:clipdino_vit_mini', name='cut')):
+        with pytest.raises(SettingsError, match='cut is a run of pretrain, and not of (probe|analysis): give this one another name'): go(run)
+        assert note.read_bytes() == before
+
+def test_an_analysis_of_pictures_that_share_no_class(tmp_path):
+    picture_folder(tmp_path/'mine', classes=12, train=2, test=1)
+    r = analysis.analyse(analysis.settings('smoke', encoders=f'{ENCODER},random:clipdino_vit_mini', name='a', data=str(tmp_path/'mine'), pictures=12, pairs=1))
+    assert 'uniformity' in str(r['structure']) and 'within' not in str(r['structure'])
 
 def test_one_class_is_refused(tmp_path):
     picture_folder(tmp_path/'one', classes=1)

@@ -8,11 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import group, shard
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import clipdino.data as data
 from clipdino.core import SettingsError, mix
-from clipdino.objectives import clip_loss, siglip_loss
+from clipdino.data import BadData
+from clipdino.objectives import OWN, Objective, Own, clip_loss, siglip_loss
 from clipdino.pretrain import MEAN, OBJECTIVES, STD, Trainer, accelerator, arguments, check_inputs, main, make_objective, pretrain, settings, spawn, state_tensors, view_groups, world_size
 from clipdino.views import make_views
 
@@ -190,6 +192,21 @@ def test_logits_are_not_rounded(loss):
     x, t = (F.normalize(torch.randn(16, 64, generator=torch.Generator().manual_seed(k)), dim=1) for k in (0, 1))
     with torch.autocast('cpu', torch.bfloat16): rounded = loss(x, t)
     assert rounded == loss(x, t)
+
+def test_objectives_of_ones_own_see_patch_tokens(monkeypatch):
+    "Ours need the class token alone, and get no others"
+    monkeypatch.setitem(OWN, 'mine', Own(make=lambda run, encoder: Objective(encoder), views=None))
+    seen = {o: make_objective(settings('smoke', o)).encoder.forward_features(torch.zeros(2, 3, 32, 32)).shape[1] for o in ('clip', 'mine')}
+    assert seen == dict(clip=1, mine=17)
+
+@pytest.mark.parametrize('given, said', [(dict(eval_data='notes.tar'), 'is not a tar file'), (dict(probe_data='set'), 'has no test split')])
+def test_what_is_needed_at_the_end_is_looked_at_first(tmp_path, monkeypatch, given, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'notes.tar').write_text('no tar')
+    for k in 'ab':
+        (d := tmp_path/'set/train'/k).mkdir(parents=True)
+        Image.new('RGB', (8, 8)).save(d/'0.png')
+    with pytest.raises((SettingsError, BadData), match=said): check_inputs(settings('smoke', **given))
 
 def test_two_precisions_in_one_process(tmp_path):
     assert [accelerator(settings('smoke', precision=p), tmp_path).mixed_precision for p in ('bf16', 'fp32', 'bf16')] == ['bf16', 'no', 'bf16']

@@ -364,6 +364,13 @@ def test_a_complete_run_is_not_repeated_and_other_settings_are_refused(folder, m
     Path('runs/s/result.json').unlink()  # killed between the last two files
     assert go(folder) == first
 
+def test_the_folder_of_a_vlm_is_left_alone(folder):
+    (note := Path('runs/v/settings.json')).parent.mkdir(parents=True)
+    note.write_text('{"llm": "world", "encoder": "e"}')
+    before = note.read_bytes()
+    with pytest.raises(SettingsError, match='v is a run of vlm, and not of vmcbench: give this one another name'): go(folder, 'v')
+    assert note.read_bytes() == before
+
 def test_two_runs_on_the_same_questions(folder, tmp_path):
     a = go(folder, 'a')
     b = go(untrained_vlm(tmp_path/'other', Squares(), seed=1), 'b', against='a')
