@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from .core import Settings, SettingsError, alone, check, digest, environment, in_test, injected, one_of, read_json, root, run_dir, say, theme, whole, write_json
 from .data import Shards, middle
-from .encoders import Encoder, load_encoder
+from .encoders import Encoder, grid_of, load_encoder
 from .pairs import THRESHOLDS, Pairs, by_ranks, by_thresholds, distinct, shared
 from .pretrain import check_settings
 from .probe import Pictures, device_of, features, over_seeds, picture, slug
@@ -402,7 +402,7 @@ def patch_colours(encoder:Encoder, images, layer:int=-1)->np.ndarray: # uint8 (n
     x = p.flatten(0, 1) - p.mean((0, 1))
     y = x @ torch.linalg.svd(x, full_matrices=False).Vh[:3].T
     lo, hi = y.quantile(.02, 0), y.quantile(.98, 0)
-    return ((y - lo)/(hi - lo).clamp(min=1e-9)).clamp(0, 1).view(len(images), *encoder.grid, 3).numpy()
+    return ((y - lo)/(hi - lo).clamp(min=1e-9)).clamp(0, 1).view(len(images), *grid_of(p.shape[1]), 3).numpy()
 
 def show_patches(run:AnalysisRun, n:int=8):
     "Pictures, and what two encoders make of their patches"

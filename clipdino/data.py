@@ -21,11 +21,10 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 from braceexpand import UnbalancedBracesError, braceexpand
-from filelock import FileLock
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from .core import Progress, SettingsError, cache_dir, check, digest, mix, permute, whole, writing
+from .core import Progress, SettingsError, cache_dir, check, digest, locked, mix, permute, whole, writing
 
 # %% ../nbs/01_data.ipynb #bc7bc5b8
 class BadData(RuntimeError):
@@ -127,8 +126,7 @@ def index(path)->Index:
             with np.load(kept) as f: return Index(f['head'], f['at'], f['size'], bool(f['cut']))
         except (OSError, ValueError, KeyError, EOFError, BadZipFile): return None  # not there, or damaged
     if (ix := read()) is not None: return ix
-    kept.parent.mkdir(exist_ok=True)
-    with FileLock(f'{kept}.lock'):
+    with locked(kept):
         if (ix := read()) is not None: return ix  # another process has scanned it meanwhile
         ix = scan(path)
         with whole(kept) as tmp, open(tmp, 'wb') as f: np.savez(f, **vars(ix))

@@ -470,6 +470,7 @@ def submit(jobs:list, options:str)->dict: # those to do, each after what it need
 # %% ../nbs/07_grid.ipynb #3ad471c2
 def run_grid(grid:Grid)->dict:
     "Say what a grid costs, and run it: here, or through Slurm"
+    check((root()/'nbs').is_dir(), f'a grid runs the notebooks of a clone of the repository, and {Path.cwd()} is in none')
     all_, own = jobs(grid), slots(grid.workers, grid.threads)
     with writing(runs_dir()): runs_dir().mkdir(exist_ok=True)
     found, threads = states(all_), int(own[0]['OMP_NUM_THREADS'])

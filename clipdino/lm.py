@@ -8,21 +8,20 @@ __all__ = ['LM', 'SIZES', 'FORMS', 'NAME', 'KEY', 'BOTH', 'CHECK', 'SPECIAL', 'T
            'lm_dir', 'small_lm', 'reading_scores']
 
 # %% ../nbs/05_lm.ipynb #84e891e4
-import math, os, re, shutil, tempfile
+import math, os, re, tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from filelock import FileLock
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .chat import MARK, SHORT, Form
-from .core import Progress, Settings, cache_dir, check, digest, generator, np_rng, one_of, say, writing
+from .core import Progress, Settings, cache_dir, check, digest, generator, locked, np_rng, one_of, say, writing
 from .questions import CATEGORIES, INSTRUCTION, LETTERS, prompt
 from .world import NAMES, POSITIONS, caption, versions
 from .worldvqa import QUESTIONS, WorldVQA, describe, knowledge
@@ -156,9 +155,9 @@ def small_lm(preset:str='mini', size:str='')->Path:
     "Folder of the small language model, which is made once"
     run = settings(preset, size)
     d = lm_dir(run)
-    with FileLock(f'{d}.lock'):
-        if d.exists(): return d
-        for left in d.parent.glob(f'.{d.name}.*'): shutil.rmtree(left)  # of a process that was killed
+    if d.exists(): return d
+    with locked(d):
+        if d.exists(): return d  # another process has made it meanwhile
         if run.docs > 10_000: say('training the small language model, once')
         tokenizer = make_tokenizer([m for doc in Documents(run.seed)(range(4000)) for t in doc for m in t])
         model = train_small(run, tokenizer, 'cuda' if torch.cuda.is_available() else 'cpu').cpu()

@@ -118,15 +118,17 @@ def make_encoder(arch:str, # a timm ViT
     for i, b in enumerate(encoder.blocks if drop_path else ()):
         if i: b.drop_path1, b.drop_path2 = (DropPath(drop_path*i/(len(encoder.blocks) - 1), 2*i + k) for k in (0, 1))
     last = encoder.blocks[-1]
-    if encoder.global_pool == 'token' and type(last) is Block and type(last.attn) is Attention and getattr(last.attn, 'gate', None) is None: last.__class__ = LastBlock
+    if encoder.global_pool == 'token' and not hasattr(encoder, 'dist_token') and type(last) is Block and type(last.attn) is Attention and getattr(last.attn, 'gate', None) is None: last.__class__ = LastBlock
     return encoder
 
 def patch_of(arch:str)->int:
-    "Patch size of a timm ViT, px, without weights; refuses what is no ViT with a class token"
+    "Patch size of a timm ViT, px, without weights; refuses what is no VisionTransformer with a class token and square patches"
     check(timm.is_model(arch), f'arch={arch!r} is no timm model; timm.list_models("vit*") names some')
     with torch.device('meta'): m = timm.create_model(arch, num_classes=0)
-    check(isinstance(m, VisionTransformer) and m.cls_token is not None, f'arch={arch!r} is no ViT with a class token')
-    return m.patch_embed.patch_size[0]
+    check(isinstance(m, VisionTransformer) and m.cls_token is not None, f'arch={arch!r} is a {type(m).__name__}, and must be one of timm\'s VisionTransformers with a class token')
+    height, width = m.patch_embed.patch_size
+    check(height == width, f'arch={arch!r} has patches of {height} x {width} px, and they must be square')
+    return width
 
 # %% ../nbs/01_objectives.ipynb #acec0337
 CLIP_VOCAB, BYTE_TOKENS = 49408, 514  # all tokens of CLIP; those before any merge: 256 bytes, each with and without word end, and two marks
@@ -188,6 +190,7 @@ def text_config(name:str, unlocked:int):
     "Configuration of a text model, whose weights are not read; refuses one that is not there or has fewer than `unlocked` layers"
     try: config = AutoConfig.from_pretrained(text_folder(name))
     except (OSError, ValueError) as e: raise SettingsError(f'text_model={name!r} is neither a folder nor to be had from the hub: {str(e).splitlines()[0]}') from None
+    check(hasattr(config, 'vocab_size') and hasattr(config, 'num_hidden_layers') and not config.is_encoder_decoder, f'text_model={name!r} is a {config.model_type}, and must be a language model of one stack of layers, such as BERT, RoBERTa or MiniLM')
     check(0 <= unlocked <= config.num_hidden_layers, f'unlocked={unlocked} must be from 0 to {config.num_hidden_layers}, the layers of {name}')
     return config
 

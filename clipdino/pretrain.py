@@ -44,7 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .core import (CannotWrite, Metrics, PRESETS, Progress, Settings, SettingsError, alone, check, digest, environment, generator, in_test, injected, one_of,
                            mix, read_json, run_dir, say, whole, write_json)
 from .data import Bad, BadData, Shards, Steps, expand, loader
-from .objectives import (BYTE_TOKENS, CLIP_VOCAB, Contrastive, DINO, DINOHead, Hybrid, LastBlock, MEAN, OWN, STD, PretrainedText, TextTower, cosine, load_plugins, make_encoder, patch_of, text_config, text_heads)
+from .objectives import (BYTE_TOKENS, CLIP_VOCAB, Contrastive, DINO, DINOHead, Hybrid, LastBlock, MEAN, OWN, Objective, STD, PretrainedText, TextTower, cosine, load_plugins, make_encoder, patch_of, text_config, text_heads)
 from .readouts import accuracy, grid, knn, linear_probe
 from .sets import open_set, split_spec
 from .views import AddViews, centre, clip_views, dino_views, make_views
@@ -190,7 +190,7 @@ def reads_captions(objective:str)->bool:
 def check_inputs(run:Pretrain):
     "Refuse a run that can't be split over its processes, or whose shards or text model are not there"
     check(os.environ.get('ACCELERATE_USE_FSDP', 'false') != 'true', 'accelerate launch --use_fsdp would split weights that every process needs whole: launch without it')
-    check(run.data != '', f'the preset {run.preset} trains on image-text shards: give them with -p data')
+    check(run.data != '', 'data is empty: give image-text shards with -p data, or world')
     check(not run.eval_data or reads_captions(run.objective), f'eval_data is for objectives that read captions, and {run.objective} reads none')
     if run.data != 'world':
         usual = settings(run.preset, run.objective)
@@ -227,7 +227,7 @@ for by in BY_OBJECTIVE.values(): by['hybrid'] = {k: v for k, v in by['dino'].ite
 SOURCES = dict(  # of the values of the `paper` preset; "the paper" is arXiv 2510.11835
     data='the paper: a subset of DataComp; its authors name DataComp-12M', samples='ml-mobileclip: 30,000 iterations of 8,192, 20 epochs, as in the paper', arch='the paper',
     image_size='open_clip and DINO repository', canvas='ours: JPEGs are decoded to at most this before they are cropped',
-    batch='CLIP: ml-mobileclip, run_datacomp12m.sh; DINO: 1,024 in its paper', lr='CLIP: the paper; DINO: its repository, 5e-4 per 256 images',
+    batch='CLIP: ml-mobileclip, run_datacomp12m.sh; DINO: 1,024 in its paper', lr='CLIP: the paper, which has 1e-3 for all; DINO: its repository, 5e-4 per 256 images',
     min_lr='open_clip; DINO repository', warmup='CLIP: ml-mobileclip, 1,000 of 30,000 iterations; DINO: its repository, 10 of 100 epochs',
     eps='CLIP: open_clip; DINO: default of AdamW', beta2='CLIP: ml-mobileclip; DINO: default of AdamW', weight_decay='CLIP: ml-mobileclip; DINO repository',
     weight_decay_end='CLIP: constant; DINO repository: cosine', clip_grad='ml-mobileclip; DINO repository', clip_per='open_clip; DINO repository',
@@ -279,7 +279,9 @@ def _objective(run:Pretrain)->nn.Module:
     with seeded(run):
         if run.objective in OWN:
             if type(encoder.blocks[-1]) is LastBlock: encoder.blocks[-1].__class__ = Block  # it may read patch tokens
-            return OWN[run.objective].make(run, encoder)
+            own = OWN[run.objective].make(run, encoder)
+            check(isinstance(own, Objective), f'make of {run.objective} returns a {type(own).__name__}, which does not derive from clipdino.objectives.Objective')
+            return own
         text = (PretrainedText(run.text_model, run.unlocked, run.context, run.dim) if run.objective == 'clip-lm' else
                 TextTower(run.vocab, run.context, run.text_width, run.text_layers, run.dim))
         if run.objective == 'hybrid': return Hybrid(encoder, text, run.dim, run.clip_weight, run.dino_weight, **dino)
@@ -518,6 +520,7 @@ class Trainer(Parts):
         "What the objective says of a batch, with gradients"
         self.objective.set_progress(self.step/self.run.steps)
         with self.acc.autocast(): out = self.model(batch['views'], batch.get('tokens'), mix(self.run.seed, batch['epochs'], batch['ids']).to(self.acc.device, non_blocking=True))
+        check(isinstance(out, dict) and 'loss' in out and all(torch.is_tensor(v) and not v.ndim for v in out.values()), f'forward of {self.run.objective} must return `loss`, and what else is worth logging, as a dict of tensors without dimensions')
         self.acc.backward(out['loss'])
         return out
 
@@ -800,18 +803,19 @@ def spawn(run:Settings, folder:Path, module:str='clipdino.pretrain', options:lis
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={world_size(run)}', '-m', module, *(options or arguments(run))]
     package = str(Path(inspect.getfile(Settings)).parent.parent)
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([package, *filter(None, [os.environ.get('PYTHONPATH')])]))
-    tail, said = [], []
+    tail, said, faults = [], [], []
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as p:
         try:
             for line in p.stdout:
                 tail = [*tail[-14:], line.rstrip()]
+                if m := re.match(r'(?:\[rank\d+\]: ?)?((?:\w+\.)*\w*(?:Error|Exception)\b.*)', line): faults.append(m[1])  # the first is the cause; torchrun's own come last
                 if line.startswith(REFUSED): said.append(tail[-1].removeprefix(REFUSED))
                 if not re.match(r'[WEI]\d{4} ', line): say(line.rstrip())  # torchrun's own log
         except BaseException:  # interrupted: the processes go with the cell
             p.terminate()
             raise
     if said: raise RuntimeError(said[0])
-    if p.returncode: raise RuntimeError(f'a process of {folder.name} ended with code {p.returncode}:\n' + '\n'.join(tail))
+    if p.returncode: raise RuntimeError(f'a process of {folder.name} ended with code {p.returncode}: ' + '\n'.join([*faults[:1], *tail]))
     return read_json(folder/'result.json')
 
 REFUSED = 'clipdino stops: '
@@ -827,6 +831,9 @@ def program(module:str, kind:type, go, about:str, args=None): # settings' class;
         if int(os.environ.get('RANK', 0)) == 0: say(json.dumps(shown))
         if dist.is_initialized(): dist.destroy_process_group()  # its threads would be torn down with the interpreter, which can abort a process that is done
     except (SettingsError, BadData, NonFinite, CannotWrite) as e: sys.exit(REFUSED + str(e))
+    except KeyboardInterrupt:
+        say('interrupted; the same command goes on from the last saved state')
+        sys.exit(130)
 
 def main(args=None):
     "`python -m clipdino.pretrain --objective clip ...`"

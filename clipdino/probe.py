@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SIZES', 'FEATURES', 'TASKS', 'WITHIN', 'POOLED', 'PARTS', 'PHRASES', 'SHOTS', 'HOW', 'ProbeRun', 'slug', 'settings',
            'device_of', 'functions', 'pooled', 'joint', 'patch_tokens', 'fill', 'features', 'Pictures', 'even', 'Task',
-           'world_tasks', 'set_task', 'WorldMaps', 'OnlyPictures', 'dense', 'constant_iou', 'name_classes',
-           'probe_task', 'pool', 'specs', 'probe_all', 'save_arrays', 'probe', 'probe_in', 'compare', 'main_tasks',
-           'picture', 'show_tasks', 'show_grid', 'show_maps', 'show_differences', 'collect', 'objective_of',
-           'over_seeds', 'show_objectives']
+           'world_tasks', 'Opened', 'open_sets', 'set_task', 'WorldMaps', 'OnlyPictures', 'dense', 'constant_iou',
+           'name_classes', 'probe_task', 'pool', 'specs', 'probe_all', 'save_arrays', 'probe', 'probe_in', 'compare',
+           'main_tasks', 'picture', 'show_tasks', 'show_grid', 'show_maps', 'show_differences', 'collect',
+           'objective_of', 'over_seeds', 'show_objectives']
 
 # %% ../nbs/03_probe.ipynb #67db0db3
 import re, shutil, time
@@ -16,16 +16,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
-from filelock import FileLock
 
-from .core import Progress, Settings, SettingsError, alone, cache_dir, check, digest, environment, in_test, injected, read_json, root, run_dir, say, theme, whole, write_json, writing
-from .encoders import Encoder, load_encoder
+from .core import Progress, Settings, SettingsError, alone, cache_dir, check, digest, environment, in_test, injected, locked, read_json, root, run_dir, say, theme, whole, write_json
+from .encoders import Encoder, grid_of, load_encoder
 from .pretrain import LOOKS, check_settings, tensors_digest
 from .readouts import READOUTS, authors_probe, check_features, choose, few_shot, fit_maps, fit_probes, grid, interval, knn, map_classes, mean_iou, overlaps, paired, report, try_settings
 from .sets import BASE, IGNORED, open_maps, open_set, split_spec
@@ -60,7 +60,7 @@ class ProbeRun(Settings):
 
 def slug(encoder:str)->str:
     "An encoder's name as part of a folder's"
-    name = Path(encoder).expanduser().name if Path(encoder).expanduser().exists() else encoder
+    name = Path(encoder).expanduser().name if Path(encoder).expanduser().exists() else encoder.rstrip('/')
     return re.sub(r'[^\w.-]+', '-', name)
 
 SIZES = dict(smoke=dict(train=96, test=64, canvas=32), mini={}, small=dict(train=16384, canvas=144, test=8192), paper=dict(train=16384, test=8192, canvas=224))
@@ -122,19 +122,12 @@ def features(encoder:Encoder, source, what=pooled, layer:int=-1, batch:int=256)-
     model = encoder.joint() if what is joint else encoder.model
     weights = tensors_digest({k: v.cpu() for k, v in model.state_dict().items()}) if what is joint else encoder.fingerprint
     key = digest(FEATURES, weights, encoder.size, list(encoder.mean), list(encoder.std), source.fingerprint, what.__name__, layer, *functions(model))
-    d = cache_dir()/'features'
-    path = d/f'{key}.npy'
-    with writing(d):
-        d.mkdir(exist_ok=True)
-        lock = FileLock(f'{path}.lock')
-        lock.acquire()
-    try:
-        for left in d.glob(f'.{path.name}.*.tmp'): left.unlink()  # of a process that was killed
+    path = cache_dir()/'features'/f'{key}.npy'
+    with locked(path):
         try: return np.load(path, mmap_mode='r')
         except (OSError, ValueError, EOFError): pass  # not there, or damaged
         fill(path, encoder, source, what, layer, batch)
         return np.load(path, mmap_mode='r')
-    finally: lock.release()
 
 # %% ../nbs/03_probe.ipynb #4b4f2040
 TASKS = dict(object='object', word='word', colour='object', background='object', texture='object', style='object', count='several', position='placed')  # factor -> kind of scene
@@ -183,15 +176,37 @@ def world_tasks(encoder:Encoder, run:ProbeRun):
 
 WITHIN, POOLED = 'within ', 'within families'  # begins the names of tasks that are pooled; what they make together
 
-def set_task(spec:str, encoder:Encoder, run:ProbeRun, known:dict)->Task: # task name -> class names, of the sets before it
+class Opened(NamedTuple):
+    "A set of data: the world makes its own pictures, and a set with test pictures only has no others"
+    name: str
+    classes: tuple = ()
+    test: object = None
+    train: object = None
+
+def open_sets(run:ProbeRun)->list:
+    "All data of a run, looked at before anything is computed"
+    sets = {}
+    for spec in specs(run):
+        name = spec.partition(':')[0] if spec == 'world' or spec.startswith('maps:') else split_spec(spec)[0]
+        if name == 'world': s = Opened(name)
+        elif name == 'maps':
+            train = open_maps(spec[5:], 'train', run.limit)
+            s = Opened(f'maps of {train.name.split(" maps")[0]}', train.classes, open_maps(spec[5:], 'test'), train)
+        elif name in BASE:
+            check(BASE[name] in sets, f'{name} has test pictures only and is scored with the probe of {BASE[name]}: put {BASE[name]}:PATH before it in data')
+            s = Opened(name, sets[BASE[name]].classes, open_set(spec, 'test'))
+        else:
+            test, train = open_set(spec, 'test'), open_set(spec, 'train', run.limit)
+            s = Opened(test.name, train.classes, test, train)
+        check(s.name not in sets, f'two sets of data are called {s.name}')
+        sets[s.name] = s
+    check(sets, 'data names no set')
+    return list(sets.values())
+
+def set_task(s:Opened, encoder:Encoder, run:ProbeRun)->Task:
     "The task of a labelled set"
-    read, (name, _), test = partial(features, encoder, layer=run.layer, batch=run.batch), split_spec(spec), open_set(spec, 'test')
-    check(test.name not in known, f'two sets of data are called {test.name}')
-    if name in BASE:
-        check(BASE[name] in known, f'{name} has test pictures only and is scored with the probe of {BASE[name]}: put {BASE[name]}:PATH before it in data')
-        return Task(name, known[BASE[name]], None, None, read(test), test.labels, test)
-    train = open_set(spec, 'train', run.limit)
-    return Task(test.name, train.classes, read(train), train.labels, read(test), test.labels, test)
+    read = partial(features, encoder, layer=run.layer, batch=run.batch)
+    return Task(s.name, s.classes, s.train and read(s.train), s.train and s.train.labels, read(s.test), s.test.labels, s.test)
 
 # %% ../nbs/03_probe.ipynb #ae6560be
 PARTS = 'ground', 'object', 'word'
@@ -221,13 +236,13 @@ def dense(encoder:Encoder, train, test, run:ProbeRun, l2=(1e-4, 1e-3, 1e-2))->tu
         maps = [s.batch(ids, encoder.size)[1] for ids in np.array_split(np.arange(len(s)), -(-len(s)//256))]
         return features(encoder, OnlyPictures(s), patch_tokens, run.layer, run.batch), np.concatenate(maps)
     (x, m), (x_test, m_test), k = part(train), part(test), len(train.classes)
-    cut = len(x)*4//5
-    def fitted(strength, rows): return fit_maps(x[rows], m[rows], encoder.grid, k, strength, device_of(run.device))
-    best = max(l2, key=lambda s: mean_iou(*overlaps(fitted(s, slice(cut)), x[cut:], m[cut:], encoder.grid))['miou'])
+    cut, shape = len(x)*4//5, grid_of(x.shape[1])
+    def fitted(strength, rows): return fit_maps(x[rows], m[rows], shape, k, strength, device_of(run.device))
+    best = max(l2, key=lambda s: mean_iou(*overlaps(fitted(s, slice(cut)), x[cut:], m[cut:], shape))['miou'])
     probe = fitted(best, slice(None))
-    result = dict(mean_iou(*overlaps(probe, x_test, m_test, encoder.grid)), classes=list(train.classes), l2=best, constant=constant_iou(m, m_test, k))
+    result = dict(mean_iou(*overlaps(probe, x_test, m_test, shape)), classes=list(train.classes), l2=best, constant=constant_iou(m, m_test, k))
     some = np.arange(min(8, len(test)))
-    return result, dict(pictures=test.batch(some, encoder.size)[0], true=m_test[some], predicted=map_classes(probe, x_test[some], encoder.grid, m_test.shape[1:]))
+    return result, dict(pictures=test.batch(some, encoder.size)[0], true=m_test[some], predicted=map_classes(probe, x_test[some], shape, m_test.shape[1:]))
 
 def constant_iou(maps, maps_test, k:int)->float:
     "Mean IoU of calling every pixel the class that is most frequent in training"
@@ -276,27 +291,25 @@ def pool(results:dict, right:dict)->tuple: # of the tasks within families -> res
 
 def specs(run:ProbeRun)->list: return [s for s in (p.strip() for p in re.split(r',(?![^{]*\})', run.data)) if s]  # at commas outside of braces
 
-def probe_all(encoder:Encoder, run:ProbeRun)->tuple: # -> results by task, successes by task and readout, {dense task: some pictures and maps}
+def probe_all(encoder:Encoder, run:ProbeRun, data:list)->tuple: # of `open_sets` -> results by task, successes by task and readout, {dense task: some pictures and maps}
     "All tasks of all data"
-    results, right, probes, maps, known = {}, {}, {}, {}, {}
+    results, right, probes, maps = {}, {}, {}, {}
     def found(name): return f'{name}: linear {results[name]["linear"]["top1"]:.1%}, neighbours {results[name]["knn"]["top1"]:.1%}, chance {results[name]["linear"]["chance"]:.1%}'
     def take(t):
         begun = time.time()
         results[t.name], right[t.name], probes[t.name] = probe_task(t, encoder, run, probes)
-        known[t.name] = t.names
         if not t.name.startswith(WITHIN): say(f'{found(t.name)}; {time.time() - begun:.0f} s')
-    for spec in specs(run):
-        if spec == 'world':
+    for s in data:
+        if s.name == 'world':
             for t in world_tasks(encoder, run): take(t)
             results[POOLED], right[POOLED] = pool(results, right)
             say(found(POOLED))
-            sets = WorldMaps('probe', max(run.train//8, 32), run.canvas), WorldMaps('test', max(run.test//8, 32), run.canvas)
-        elif spec.startswith('maps:'): sets = open_maps(spec[5:], 'train', run.limit), open_maps(spec[5:], 'test')
-        else:
-            take(set_task(spec, encoder, run, known))
+            s = Opened('maps of world', PARTS, WorldMaps('test', max(run.test//8, 32), run.canvas), WorldMaps('probe', max(run.train//8, 32), run.canvas))
+        if not s.name.startswith('maps of '):
+            take(set_task(s, encoder, run))
             continue
-        name = f'maps of {sets[0].name.split(" maps")[0]}'
-        results[name], maps[name] = dense(encoder, *sets, run)
+        name = s.name
+        results[name], maps[name] = dense(encoder, s.train, s.test, run)
         say(f'{name}: mean IoU {results[name]["miou"]:.3f}, of a constant {results[name]["constant"]:.3f}')
     return results, right, maps
 
@@ -305,20 +318,17 @@ def save_arrays(path:Path, arrays:dict):
 
 def probe(run:ProbeRun)->dict:
     "Probe an encoder, or look up a run that is complete; its result"
-    check(specs(run), 'data names no set')
-    for spec in specs(run):
-        if spec != 'world' and not spec.startswith('maps:'): split_spec(spec)
     encoder = load_encoder(run.encoder, device_of(run.device))
     with alone(run_dir(run.folder_name)) as folder: return probe_in(folder, encoder, run)
 
 def probe_in(folder:Path, encoder:Encoder, run:ProbeRun)->dict:
     other = folder.parent/run.against
-    check(not run.against or (other/'result.json').exists(), f'{run.against} is no finished probing run to compare with')
+    check(not run.against or (other/'right.npz').exists() and (other/'result.json').exists(), f'{run.against} is no finished probing run to compare with')
     check_settings(folder, run, encoder.fingerprint, anew=not (folder/'result.json').exists())
     if (folder/'result.json').exists():
         say(f'{folder.name} is complete; delete its folder to run it again')
         return read_json(folder/'result.json')
-    results, right, maps = probe_all(encoder, run)
+    results, right, maps = probe_all(encoder, run, open_sets(run))
     about = dict(name=encoder.name, fingerprint=encoder.fingerprint, size=encoder.size, dim=encoder.dim, depth=encoder.depth, layer=run.layer)
     result = dict(name=run.folder_name, encoder=about, tasks=results, environment=environment())
     if run.against: result['against'] = dict(name=run.against, differences=compare(results, right, other).to_dict('records'))

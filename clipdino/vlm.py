@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 import timm
 import torch
+from accelerate.utils import AutocastKwargs
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -37,14 +38,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from .chat import MARK, AnyQuestions, Batches, Form, LlavaJson, WorldCaptions, expand, template_of
+from .chat import AnyQuestions, Batches, Form, LlavaJson, WorldCaptions, expand, template_of
 from .core import Metrics, PRESETS, Progress, Settings, check, digest, environment, generator, in_test, injected, one_of, run_dir, say, sync, theme, write_json, writing
 from .encoders import Encoder, HFEncoder, OpenClipEncoder, TimmEncoder, folder_of, load_encoder, reading
 from .lm import settings as lm_settings, small_lm
 from .objectives import layers_of
 from .pretrain import NonFinite, accelerator, agree, arguments, check_settings, complete, launched, load_state, on_main, only_one, precision_of, program, save_state, spawn, tensors_digest, world_size
 from .probe import features, patch_tokens, slug
-from .questions import CATEGORIES, LETTERS, VISION, prompt
+from .questions import CATEGORIES, LETTERS, MARK, VISION, prompt
 from .world import POLICIES
 from .worldvqa import WorldVQA
 
@@ -315,6 +316,8 @@ def text_logits(model:nn.Module)->torch.Tensor:
 def make_vlm(run:VLMRun, e:Encoder, llm:nn.Module, tokenizer)->LlavaForConditionalGeneration:
     "LLaVA of these parts, with a new connector"
     tower, k = tower_of(e, run.layer), picture_tokens(run, e)
+    n, dim = tower_tokens(tower, torch.zeros(1, 3, e.size, e.size), run.layer).shape[1:]
+    check((n, dim) == (math.prod(e.grid), e.dim), f'{e.name} makes {n} tokens of width {dim} at layer {run.layer}, and {math.prod(e.grid)} of width {e.dim} at its end, which a VLM reads with layer=-1')
     same = dict(vision_config=tower.config, text_config=llm.config, image_token_index=tokenizer.convert_tokens_to_ids(MARK), image_seq_length=k, vision_feature_layer=run.layer, vision_feature_select_strategy='default')
     config = LlavaConfig(**same) if run.connector == 'mlp' else ConnectorConfig(**same, connector=run.connector, connector_tokens=k)
     kind = LlavaForConditionalGeneration if run.connector == 'mlp' else ConnectorLlava
@@ -472,7 +475,7 @@ class Stage:
             last = j == len(parts) - 1
             if isinstance(model, FSDPModule): model.set_requires_gradient_sync(last)
             with nullcontext() if last else acc.no_sync(model):
-                with acc.autocast(): loss = model(**b)/n
+                with acc.autocast(AutocastKwargs(cache_enabled=not self.sharded)): loss = model(**b)/n  # what it kept of split weights would be the whole model
                 acc.backward(loss*acc.num_processes)  # whose gradients are averaged
             total = total + loss.detach()
         return total
@@ -604,13 +607,14 @@ class Held:
 def check_inputs(run:VLMRun):
     "Refuse what is not there, before anything is loaded"
     n = world_size(run)
+    check(run.llm != '', 'llm is empty: give world, or a causal language model of transformers by folder or hub name')
     if run.llm.startswith('world:'): lm_settings(run.preset, run.llm.removeprefix('world:'))
     check(os.environ.get('ACCELERATE_USE_FSDP', 'false') != 'true', 'accelerate launch --use_fsdp would split stage 1 too: launch without it, and give shard=True')
     for k in (1, 2):
         spec, samples, batch = (run.of(k, v) for v in ('data', 'samples', 'batch'))
         check(batch % n == 0, f'stage{k}_batch={batch} must be a multiple of the {n} processes')
         check(samples == 0 or samples >= batch, f'stage{k}_samples={samples} must be at least one batch, {batch}, or 0 for every row once')
-        check(spec != '', f'the preset {run.preset} trains on data in LLaVA\'s format: give stage{k}_data as JSON:FOLDER')
+        check(spec != '', f'stage{k}_data is empty: give data in LLaVA\'s format as JSON:FOLDER, or world')
         check(spec == 'world' or spec.rpartition(':')[0] != '', f'stage{k}_data={spec!r} is neither world nor JSON:FOLDER, a list of conversations and the folder of its pictures')
 
 def finish(p:Parts, stages:list, begun:float)->dict:

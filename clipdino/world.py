@@ -22,10 +22,9 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from filelock import FileLock
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
-from .core import cache_dir, check, cores, digest, one_of, say, uniform, whole
+from .core import cache_dir, check, cores, digest, locked, one_of, say, uniform, whole
 
 # %% ../nbs/00_world.ipynb #8a22b4b2
 VERSION = '2'  # of the pixels and captions; part of every cache key and result
@@ -445,10 +444,9 @@ class World:
         key = digest(versions(), seed, split, n, size, kinds)
         self.fingerprint = digest(key, captions)
         path = cache_dir()/f'world-{split}-{kinds}-{size}px-{n}-{key}.npy'
-        with FileLock(f'{path}.lock'):
-            if not path.exists():
-                for left in path.parent.glob(f'.{path.name}.*.tmp'): left.unlink()  # of a process that was killed while it rendered
-                render_file(path, n, size, seed, split, kinds, workers or cores())
+        if not path.exists():
+            with locked(path):
+                if not path.exists(): render_file(path, n, size, seed, split, kinds, workers or cores())  # else another process has, meanwhile
         self.images = np.load(path, mmap_mode='r')
 
     def __len__(self): return self.n

@@ -96,6 +96,9 @@ def test_a_folder_that_is_read_only(top):
     (top/'runs').mkdir(mode=0o500)
     with pytest.raises(CannotWrite, match='runs/x can not be written: Permission denied. Nothing was lost; make it writable'): pretrain(smoke())
 
+def test_a_name_that_is_too_long(top):
+    with pytest.raises(CannotWrite, match='File name too long. Nothing was lost; give it a shorter name'): pretrain(smoke(name='x'*300))
+
 def test_a_second_process_is_refused(top):
     (top/'runs/x').mkdir(parents=True)
     with FileLock(top/'runs/x/.lock'), pytest.raises(SettingsError, match='another process is running x'): pretrain(smoke())

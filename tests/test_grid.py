@@ -376,3 +376,8 @@ def test_a_small_grid(here, monkeypatch, capsys):
     assert set(states(made).values()) == {'complete'} and json.loads((here/'runs/score-vlm-clip-smoke-s0-blind/result.json').read_text())['blind']
     assert set(collect().kind) >= set(KINDS) and all((here/f'runs/{n}.ipynb').exists() for n in out['done'] if n != 'lm-smoke')
     assert {n for n, s in states(jobs(small)).items() if s == 'new'} == {'probe-clip-smoke-s0', 'vlm-random-clip-smoke-s0', 'score-vlm-clip-smoke-s0', 'score-vlm-random-clip-smoke-s0'}
+
+def test_a_grid_needs_a_clone(here):
+    (here/'nbs').unlink()
+    with pytest.raises(SettingsError, match='a grid runs the notebooks of a clone of the repository, and .* is in none'): run_grid(settings('smoke'))
+    assert not list((here/'runs').iterdir())

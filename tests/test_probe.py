@@ -105,6 +105,10 @@ def test_a_full_or_read_only_cache_says_so(monkeypatch, tmp_path):
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert files() == []
     assert probe.features(e, s).shape == (40, 2, 32)
+    (tmp_path/'file').touch()
+    monkeypatch.setenv('CLIPDINO_CACHE', str(tmp_path/'file'))
+    with pytest.raises(CannotWrite, match='file can not be written: File exists. Nothing was lost; move what is in its way'): probe.features(e, s)
+    monkeypatch.setenv('CLIPDINO_CACHE', str(tmp_path/'cache'))
     if os.geteuid() == 0: pytest.skip('root may write anywhere')
     (tmp_path/'cache'/'features').chmod(0o500)
     with pytest.raises(CannotWrite, match='can not be written: Permission denied'): probe.features(e, s, layer=1)
@@ -191,11 +195,13 @@ def test_few_pictures_per_class(tmp_path, train):
     (dict(encoder='no-such-thing'), "'no-such-thing' names no encoder"),
     (dict(encoder=ENCODER, data='cifar:x'), 'no set is called cifar .did you mean cifar10'),
     (dict(encoder=ENCODER, data=' , '), 'data names no set'),
+    (dict(encoder=ENCODER, data='world, nowhere'), 'no shards at nowhere'),
+    (dict(encoder=ENCODER, data='world, world'), 'two sets of data are called world'),
     (dict(encoder=ENCODER, layer=3), 'layer 3 is not there: random:clipdino_vit_smoke has layers 1 to 2'),
     (dict(encoder=ENCODER, against='nothing'), 'nothing is no finished probing run')])
-def test_what_a_probing_run_refuses(given, said):
+def test_what_a_probing_run_refuses(given, said, capsys):
     with pytest.raises(SettingsError, match=said): probe.probe(probe.settings('smoke', **given))
-    assert not list(Path('.').glob('runs/*/result.json')) and not Path('runs/nothing').exists()
+    assert not list(Path('.').glob('runs/*/result.json')) and not Path('runs/nothing').exists() and not capsys.readouterr().out  # before anything is computed
 
 def test_a_mistake_can_be_mended_under_the_same_name(tmp_path):
     picture_folder(tmp_path/'mine')
@@ -241,6 +247,10 @@ def test_an_analysis_of_the_world():
     assert {k: v for k, v in again.items() if k != 'environment'} == {k: v for k, v in r.items() if k != 'environment'}
     assert Path('runs/a/pairs-first-ranks.csv').read_bytes() == Path('runs/kept/pairs-first-ranks.csv').read_bytes()
     with pytest.raises(SettingsError, match='begun with other settings: scenes was 12 and is now 13'): analysis.analyse(analysis.settings('smoke', encoders=run.encoders, name='a', scenes=13))
+
+def test_patches_of_an_early_layer():
+    "A CNN has more of them than at its end"
+    assert analysis.patch_colours(load_encoder('random:resnet18'), np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8), 2).shape == (2, 56, 56, 3)
 
 def test_pairs_of_folders_and_shards(tmp_path):
     picture_folder(tmp_path/'mine', test=5)

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from helpers import group, shard
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import CLIPConfig, T5Config, ViTConfig
 
 import clipdino.data as data
 from clipdino.core import SettingsError, mix
 from clipdino.data import BadData
-from clipdino.objectives import OWN, Objective, Own, clip_loss, siglip_loss
-from clipdino.pretrain import MEAN, OBJECTIVES, STD, Trainer, accelerator, arguments, check_inputs, main, make_objective, pretrain, settings, spawn, state_tensors, view_groups, world_size
+from clipdino.objectives import OWN, Objective, Own, clip_loss, make_encoder, siglip_loss
+from clipdino.pretrain import MEAN, OBJECTIVES, Pretrain, STD, Trainer, accelerator, arguments, check_inputs, main, make_objective, one_view, pretrain, program, settings, spawn, state_tensors, view_groups, world_size
 from clipdino.views import make_views
 
 root = Path(__file__).parent.parent
@@ -109,6 +110,13 @@ def test_a_refusal_is_found_in_all_that_torchrun_reports(tmp_path, monkeypatch):
     torchrun.chmod(0o755)
     monkeypatch.setattr('sys.executable', str(torchrun))
     with pytest.raises(RuntimeError, match='^the reason$'): spawn(settings('smoke', processes=4), tmp_path/'x')
+    torchrun.write_text("#!/bin/sh\necho '[rank1]: Traceback (most recent call last):'\necho '[rank1]: torch.OutOfMemoryError: no room'\nseq 100\necho torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\nexit 1\n")
+    with pytest.raises(RuntimeError, match='^a process of x ended with code 1: torch.OutOfMemoryError: no room\n'): spawn(settings('smoke', processes=4), tmp_path/'x')
+
+def test_an_interrupted_program_says_so(capsys):
+    def go(**given): raise KeyboardInterrupt
+    with pytest.raises(SystemExit) as e: program('x', Pretrain, go, 'About.', [])
+    assert e.value.code == 130 and 'goes on from the last saved state' in capsys.readouterr().out
 
 def test_a_batch_that_processes_can_not_share_is_refused():
     with pytest.raises(SettingsError, match='batch=16 must be a multiple of the 3 processes'): check_inputs(settings('smoke', processes=3))
@@ -198,6 +206,39 @@ def test_objectives_of_ones_own_see_patch_tokens(monkeypatch):
     monkeypatch.setitem(OWN, 'mine', Own(make=lambda run, encoder: Objective(encoder), views=None))
     seen = {o: make_objective(settings('smoke', o)).encoder.forward_features(torch.zeros(2, 3, 32, 32)).shape[1] for o in ('clip', 'mine')}
     assert seen == dict(clip=1, mine=17)
+
+class Scores(Objective):
+    "Returns what a test gives it"
+    def forward(self, views, tokens, keys): return self.said(self.encoder(views[0]).sum())
+
+@pytest.mark.parametrize('said, refused', [(lambda y: y, True), (lambda y: dict(other=y), True), (lambda y: dict(loss=y, scale=1.), True), (lambda y: dict(loss=y, parts=y[None]), True), (lambda y: dict(loss=y, scale=y.detach()), False)])
+def test_what_ones_own_objective_returns_is_looked_at(monkeypatch, tmp_path, said, refused):
+    def make(run, encoder):
+        (o := Scores(encoder)).said = said
+        return o
+    monkeypatch.setitem(OWN, 'mine', Own(make=make, views=one_view))
+    t = Trainer(settings('smoke', 'mine', probes=0), tmp_path)
+    if not refused: assert 'scale' in t.update(next(t.batches()))
+    else:
+        with pytest.raises(SettingsError, match='forward of mine must return `loss`, and what else is worth logging, as a dict of tensors without dimensions'): t.update(next(t.batches()))
+
+def test_slips_in_ones_own_objective_are_named(monkeypatch):
+    monkeypatch.setitem(OWN, 'mine', Own(make=lambda run, encoder: encoder, views=one_view, changes=dict(learning_rate=1.)))
+    with pytest.raises(SettingsError, match='no such setting: learning_rate'): settings('smoke', 'mine')
+    monkeypatch.setitem(OWN, 'mine', Own(make=lambda run, encoder: encoder, views=one_view))
+    with pytest.raises(SettingsError, match='make of mine returns a VisionTransformer, which does not derive from clipdino.objectives.Objective'): make_objective(settings('smoke', 'mine'))
+
+@pytest.mark.parametrize('arch, said', [('beit_base_patch16_224', 'is a Beit, and must be one of'), ('vit_base_patch16_siglip_224', 'with a class token')])
+def test_other_architectures_are_refused(arch, said):
+    with pytest.raises(SettingsError, match=said): settings('smoke', arch=arch, image_size=224)
+
+def test_a_distilled_vit_keeps_both_its_tokens():
+    assert make_encoder('deit_tiny_distilled_patch16_224', 32, 0)(torch.zeros(2, 3, 32, 32)).shape == (2, 192)
+
+@pytest.mark.parametrize('kind', [lambda d: CLIPConfig().save_pretrained(d), lambda d: ViTConfig().save_pretrained(d), lambda d: T5Config().save_pretrained(d)])
+def test_a_text_model_of_another_kind_is_refused(tmp_path, kind):
+    kind(tmp_path)
+    with pytest.raises(SettingsError, match='is a (clip|vit|t5), and must be a language model of one stack of layers'): check_inputs(settings('smoke', 'clip-lm', text_model=str(tmp_path)))
 
 @pytest.mark.parametrize('given, said', [(dict(eval_data='notes.tar'), 'is not a tar file'), (dict(probe_data='set'), 'has no test split')])
 def test_what_is_needed_at_the_end_is_looked_at_first(tmp_path, monkeypatch, given, said):

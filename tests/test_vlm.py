@@ -226,6 +226,9 @@ def test_vlms_on_encoders_of_other_libraries_open_again(tmp_path, case):
     assert e.fingerprint == result['encoder']['fingerprint']
     torch.testing.assert_close(tower_tokens(model.model.vision_tower.eval(), x, -2), e.tokens(x, (-2,))[0][1], atol=1e-4, rtol=1e-4)
 
+def test_a_layer_that_no_connector_fits_is_refused():
+    with pytest.raises(SettingsError, match='random:resnet18 makes 196 tokens of width 256 at layer -2, and 49 of width 512 at its end, which a VLM reads with layer=-1'): parts(smoke('cnn', encoder='random:resnet18'))
+
 # ---- what is trained, and what is not
 
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
@@ -655,7 +658,7 @@ def test_the_date_is_the_same_in_training_and_after(tmp_path, begin, date):
     (dict(encoder='nowhere'), "'nowhere' names no encoder; what does:"), (dict(llm='/nowhere/lm'), '/nowhere/lm can not be read: '), (dict(connector='pool', image_tokens=5), 'image_tokens=5 must be a square number'),
     (dict(image_tokens=4), 'image_tokens is for the connectors pool and resampler; mlp makes one token of each patch'), (dict(connector='pool', image_tokens=64), 'image_tokens=64 must be at most the 16 patches of'),
     (dict(beta2=1.), 'beta2=1.0 must be at least 0 and below 1'), (dict(layer=0), 'layer=0 is none: blocks count from 1, or from -1 backwards'),
-    (dict(layer=3), 'layer=3 is not there: random:clipdino_vit_smoke has layers 1 to 2'), (dict(preset='paper'), "the preset paper trains on data in LLaVA's format: give stage1_data as JSON:FOLDER"),
+    (dict(layer=3), 'layer=3 is not there: random:clipdino_vit_smoke has layers 1 to 2'), (dict(preset='paper'), "stage1_data is empty: give data in LLaVA's format as JSON:FOLDER"), (dict(llm=''), 'llm is empty: give world'),
     (dict(stage2_data='somewhere'), "stage2_data='somewhere' is neither world nor JSON:FOLDER"), (dict(stage2_data='a.json:b'), 'a.json is not there, or empty'), (dict(stage1_samples=3), 'stage1_samples=3 must be at least one batch, 16, or 0'),
     (dict(stage2_batch=15, processes=2), 'stage2_batch=15 must be a multiple of the 2 processes'), (dict(tracker='paper'), "tracker='paper' is not one of"), (dict(template='alpaca'), "template='alpaca' is not one of vicuna, chatml"),
     (dict(connector='qformer'), "connector='qformer' is not one of mlp, linear, pool, resampler"), (dict(context=8), 'context=8 has no room for the 16 tokens of a picture'), (dict(lm_lr=-1.), 'lm_lr=-1.0 must be a finite number'),

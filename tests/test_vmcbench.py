@@ -119,6 +119,20 @@ def test_few_broken_pictures_cost_their_question_and_many_the_run(tmp_path):
     (tmp_path/'7.png').unlink()
     with pytest.raises(SettingsError, match='q.jsonl, row 5, has no picture'): open_questions(path)
 
+def test_what_other_programs_write_into_lines(tmp_path):
+    "A byte-order mark, blank lines, no picture, a mark where the picture stands; pictures of 16 bits keep their greys"
+    rows = published(40)
+    lines = Path(jsonl(tmp_path/'a.jsonl', rows)).read_text().splitlines()
+    lines[0], lines[1] = lines[0].replace('What is', '<image>What is'), json.dumps(dict(json.loads(lines[1]), image=None))
+    Image.fromarray(np.full((4, 4), 100 << 8, np.uint16)).save(tmp_path/f'{rows[0]["index"]}.png')
+    (tmp_path/'b.jsonl').write_text('\n\n'.join(lines) + '\n \n', encoding='utf-8-sig')
+    q = open_questions(str(tmp_path/'b.jsonl'))
+    assert len(q) == 39 and q.skipped['no picture'] == 1
+    at = [r['index'] for r in q.rows].index(rows[0]['index'])
+    assert q.rows[at]['question'] == rows[0]['question'] and q.picture(at).getpixel((0, 0)) == (100, 100, 100)
+    (tmp_path/'c.jsonl').write_bytes(b'{"question": "\xff"}\n')
+    with pytest.raises(SettingsError, match='c.jsonl is not UTF-8 .invalid start byte at byte 14'): open_questions(str(tmp_path/'c.jsonl'))
+
 @pytest.mark.parametrize('change, sentence', [(dict(answer='E'), r"q.parquet, row 4: the answer is 'E' and must be one of A, B, C, D"), (dict(answer=''), "the answer is ''"), (dict(answer='AB'), "the answer is 'AB'"),
                                               (dict(question=None), 'q.parquet, row 4 has no question')])
 def test_a_row_that_means_nothing_is_named(tmp_path, change, sentence):
