@@ -36,7 +36,7 @@ def test_a_run_leaves_what_it_promises(here):
     other = papermill(here, '-p', 'objective', 'dino', '-p', 'name', 'x', '-p', 'seed', 4)
     assert other.returncode != 0 and 'seed was 3 and is now 4' in other.stderr
 
-@pytest.mark.parametrize('name,value,message', [('objectiv', 'clip', 'no such setting: objectiv'), ('objective', 'mae', 'is not one of clip, siglip'), ('samples', '2e2', 'must be int'),
+@pytest.mark.parametrize('name,value,message', [('objectiv', 'clip', 'no such setting: objectiv'), ('objective', 'mae', 'is not one of clip, siglip'), ('samples', '250.5', 'must be int'),
                                                 ('data', 'nowhere/*.tar', 'nowhere')])
 def test_bad_settings_stop_the_run(here, name, value, message):
     done = papermill(here, '-p', name, value)
