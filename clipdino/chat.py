@@ -162,7 +162,7 @@ class Files:
 
     def square_of(self, i:int, size:int)->np.ndarray: # (size, size, 3) uint8
         try: return squares([self.picture(i)], size, self.square, self.mean)[0]
-        except BadSample as e: raise BadData(f'{self.folder}/{self.names[i]}: {e}. It was not when the list was opened, or nobody looked (verify=False): put back the file that was there') from None
+        except BadSample as e: raise BadData(f'{self.folder}/{self.names[i]}: {e}. It was not when the list was opened: put back the file that was there') from None
 
     def batch(self, ids, size:int)->np.ndarray: # (B, size, size, 3) uint8
         return np.stack(list(threads().map(lambda i: self.square_of(int(i), size), ids)))
@@ -194,8 +194,7 @@ class LlavaJson(Chats):
     def __init__(self, path, folder, # the .json file; where the paths in it begin
                  square:str='pad', # pad or crop
                  mean=(.5, .5, .5), # colour of the padding; an encoder's mean, which it sees as 0
-                 max_bad:float=.05, # largest share of rows that can't be used
-                 verify:bool=True): # decode every picture beforehand
+                 max_bad:float=.05): # largest share of rows that can't be used
         path, folder = Path(path).expanduser(), Path(folder).expanduser()
         check(path.is_file() and path.stat().st_size > 0, f'{path} is not there, or empty: it should be a .json file such as llava_v1_5_mix665k.json')
         check(folder.is_dir(), f'{folder} is no folder: it should be the one in which the paths in {path.name} begin')
@@ -204,7 +203,7 @@ class LlavaJson(Chats):
         marks = stamps(folder, names)
         reasons = {k: 'missing picture' for k, m in enumerate(marks) if m is None}
         there = [k for k, m in enumerate(marks) if m is not None]
-        if verify: reasons |= {there[k]: r for k, r in broken(Files(path.stem, folder, [names[k] for k in there], [marks[k] for k in there])).items()}
+        reasons |= {there[k]: r for k, r in broken(Files(path.stem, folder, [names[k] for k in there], [marks[k] for k in there])).items()}
         bad |= {int(k): (f'row {k}, {names[rows[k, 2]]}', reasons[rows[k, 2]]) for k in np.flatnonzero(np.isin(rows[:, 2], list(reasons)))}
         self.bad = [bad[k] for k in sorted(bad)]
         self.missing = Counter(reason for _, reason in self.bad)

@@ -76,7 +76,8 @@ def injected(cell:str)->dict: # source of the cell that ran before this one
 # %% ../nbs/00_core.ipynb #deb6c1fa
 class CannotWrite(OSError): "A file or folder that can't be written"
 
-MENDS = {'make room': (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), 'make it writable': (errno.EROFS, errno.EACCES, errno.EPERM), 'move what is in its way': (errno.ENOTDIR, errno.EEXIST), 'give it a shorter name': (errno.ENAMETOOLONG,)}
+MENDS = {'make room and give the same command again': (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), 'make it writable and give the same command again': (errno.EROFS, errno.EACCES, errno.EPERM),
+         'move what is in its way and give the same command again': (errno.ENOTDIR, errno.EEXIST), 'give it a shorter name': (errno.ENAMETOOLONG,)}
 
 @contextmanager
 def writing(path:Path):
@@ -86,8 +87,9 @@ def writing(path:Path):
         m = re.search(r'os error (\d+)', str(e))
         code = e.errno if isinstance(e, OSError) else int(m[1]) if m else None
         mend = next((m for m, codes in MENDS.items() if code in codes), None)
-        if mend is None: raise
-        raise CannotWrite(f'{path} can not be written: {os.strerror(code)}. Nothing was lost; {mend} and give the same command again') from None
+        other = Path(getattr(e, 'filename', None) or path)  # that was read meanwhile, unless it is above or beside the one that is written
+        if mend is None or other not in Path(path).parents and Path(path).parent not in (other, *other.parents): raise
+        raise CannotWrite(f'{path} can not be written: {os.strerror(code)}. Nothing was lost; {mend}') from None
 
 def sync(path:Path):
     "Have a file or folder on the disk before going on"

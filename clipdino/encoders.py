@@ -224,10 +224,8 @@ def open_random(name:str)->Encoder: # a timm name, or a run
     if (folder := folder_of(name)) is not None:
         check((folder/'settings.json').exists(), f'random:{name} is a folder, but of no run: it has no settings.json')
         run = run_settings(folder)
-        with dtype_of(run): began = make_encoder(run.arch, run.image_size, run.seed)
-        model = timm.create_model(run.arch, num_classes=0, img_size=run.image_size, dynamic_img_size=True)  # whose last block makes all tokens
-        model.load_state_dict(began.state_dict())
-        return TimmEncoder(f'random:{folder.name}', model, run.image_size, MEAN, STD)
+        with dtype_of(run): model = make_encoder(run.arch, run.image_size, run.seed)
+        return TimmEncoder(f'random:{folder.name}', model.float(), run.image_size, MEAN, STD)
     check(timm.is_model(name), f'random:{name} is neither a timm model nor a run')
     e = open_timm(name, pretrained=False)
     e.name = f'random:{name}'

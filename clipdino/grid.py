@@ -491,8 +491,7 @@ def main(args=None):
     "`python -m clipdino.grid --preset mini ...`"
     def go(**given):
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try: out = run_grid(settings(**given))
-        except KeyboardInterrupt: sys.exit(130)
+        out = run_grid(settings(**given))
         if out.get('failed'): sys.exit(1)
         return {k: len(v) for k, v in out.items()}
     program('clipdino.grid', Grid, go, 'Run the grid of a preset.', args)

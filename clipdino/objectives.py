@@ -110,7 +110,8 @@ class LastBlock(Block):
 # %% ../nbs/01_objectives.ipynb #490b5f7a
 def make_encoder(arch:str, # a timm ViT
                  image_size:int, # px
-                 seed:int, drop_path:float=0.)->nn.Module: # of the last block, rising linearly from 0 at the first
+                 seed:int, drop_path:float=0., # of the last block, rising linearly from 0 at the first
+                 class_only:bool=False)->nn.Module: # its last block makes the class token and no others, for objectives that read none
     "A ViT that returns its class token, with weights that depend on `arch`, `image_size`, `seed` and torch's default precision alone"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, 2).initial_seed())
@@ -118,7 +119,7 @@ def make_encoder(arch:str, # a timm ViT
     for i, b in enumerate(encoder.blocks if drop_path else ()):
         if i: b.drop_path1, b.drop_path2 = (DropPath(drop_path*i/(len(encoder.blocks) - 1), 2*i + k) for k in (0, 1))
     last = encoder.blocks[-1]
-    if encoder.global_pool == 'token' and not hasattr(encoder, 'dist_token') and type(last) is Block and type(last.attn) is Attention and getattr(last.attn, 'gate', None) is None: last.__class__ = LastBlock
+    if class_only and encoder.global_pool == 'token' and not hasattr(encoder, 'dist_token') and type(last) is Block and type(last.attn) is Attention and getattr(last.attn, 'gate', None) is None: last.__class__ = LastBlock
     return encoder
 
 def patch_of(arch:str)->int:
@@ -475,10 +476,12 @@ class Hybrid(Contrastive, DINO):
 def load_plugins():
     "Import the modules that `$CLIPDINO_PLUGINS` names"
     for plugin in filter(None, map(str.strip, os.environ.get('CLIPDINO_PLUGINS', '').split(','))):
+        wrong = f'CLIPDINO_PLUGINS names {plugin}, and no such module is found: give names as in an import, separated by commas; simclr for simclr.py in this folder'
+        check(all(map(str.isidentifier, plugin.split('.'))), wrong)
         try: import_module(plugin)
         except ModuleNotFoundError as e:
-            if e.name not in (plugin, plugin.split('.')[0]): raise  # it is there, and what it imports is not
-            raise SettingsError(f'CLIPDINO_PLUGINS names {plugin}, and no such module is found: give names as in an import, separated by commas; simclr for simclr.py in this folder') from None
+            if not f'{plugin}.'.startswith(f'{e.name}.'): raise  # it is there, and what it imports is not
+            raise SettingsError(wrong) from None
 
 if '__file__' in globals():  # last of all, when there is all that they may import
     if 'clipdino.pretrain' not in sys.modules: load_plugins()  # else that one has begun and does it at its own end

@@ -8,11 +8,12 @@ __all__ = ['OBJECTIVES', 'DISTILS', 'SMOKE', 'MINI', 'SMALL', 'PAPER', 'VIEW_SET
            'validate', 'launched', 'world_size', 'reads_captions', 'check_inputs', 'settings', 'make_objective',
            'dtype_of', 'seeded', 'one_view', 'two_views', 'view_groups', 'make_source', 'param_groups', 'schedule',
            'features', 'world_tasks', 'labelled_task', 'Probe', 'state_tensors', 'tensors_digest', 'save_state',
-           'load_state', 'use_compile', 'clip_gradients', 'NonFinite', 'kind_of', 'check_settings', 'make_probe',
-           'precision_of', 'accelerator', 'on_main', 'agree', 'Parts', 'Trainer', 'last_scores', 'Watch', 'fit', 'cost',
-           'Blank', 'seconds_per_image', 'costs', 'show_costs', 'ahead', 'export_encoder', 'open_encoder', 'ranks',
-           'retrieval', 'final_scores', 'finish', 'complete', 'only_one', 'train', 'pretrain', 'arguments', 'spawn',
-           'program', 'main', 'collect', 'recipe', 'show_samples', 'show_views', 'show_curves', 'show_learning']
+           'load_state', 'use_compile', 'clip_gradients', 'NonFinite', 'kind_of', 'check_kind', 'check_settings',
+           'make_probe', 'precision_of', 'accelerator', 'on_main', 'agree', 'Parts', 'Trainer', 'last_scores', 'Watch',
+           'fit', 'cost', 'Blank', 'seconds_per_image', 'costs', 'show_costs', 'ahead', 'export_encoder',
+           'open_encoder', 'ranks', 'retrieval', 'final_scores', 'finish', 'complete', 'only_one', 'train', 'pretrain',
+           'arguments', 'spawn', 'program', 'main', 'collect', 'recipe', 'show_samples', 'show_views', 'show_curves',
+           'show_learning']
 
 # %% ../nbs/02_pretrain.ipynb #568ea07d
 import argparse, hashlib, inspect, json, math, os, re, shutil, subprocess, sys, tempfile, textwrap, time
@@ -36,17 +37,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from scipy.stats import binomtest
 from timm.models._hub import save_for_hf
-from timm.models.vision_transformer import Block
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from .core import (CannotWrite, Metrics, PRESETS, Progress, Settings, SettingsError, alone, check, digest, environment, generator, in_test, injected, one_of,
-                           mix, read_json, run_dir, say, whole, write_json)
+                           mix, read_json, run_dir, runs_dir, say, whole, write_json)
 from .data import Bad, BadData, Shards, Steps, expand, loader
-from .objectives import (BYTE_TOKENS, CLIP_VOCAB, Contrastive, DINO, DINOHead, Hybrid, LastBlock, MEAN, OWN, Objective, STD, PretrainedText, TextTower, cosine, load_plugins, make_encoder, patch_of, text_config, text_heads)
+from .objectives import (BYTE_TOKENS, CLIP_VOCAB, Contrastive, DINO, DINOHead, Hybrid, MEAN, OWN, Objective, STD, PretrainedText, TextTower, cosine, load_plugins, make_encoder, patch_of, text_config, text_heads)
 from .readouts import accuracy, grid, knn, linear_probe
-from .sets import open_set, split_spec
+from .sets import open_set
 from .views import AddViews, centre, clip_views, dino_views, make_views
 from .world import POLICIES, World
 
@@ -198,12 +198,11 @@ def check_inputs(run:Pretrain):
     n = world_size(run)
     check(run.batch % n == 0, f'batch={run.batch} must be a multiple of the {n} processes')
     check(launched() or run.processes <= (torch.cuda.device_count() or run.processes), f'processes={run.processes}, but this machine has {torch.cuda.device_count()} GPUs for them')
-    for spec in {run.data, run.eval_data} - {'world', ''}: expand(spec)
-    if run.eval_data: Shards(run.eval_data, run.canvas)
-    if run.probe_data:
-        if not Path(split_spec(run.probe_data)[1]).expanduser().is_dir(): expand(run.probe_data)  # a labelled set is a folder, or shards
-        for split in 'train', 'test': open_set(run.probe_data, split)
     if run.objective == 'clip-lm': text_config(run.text_model, run.unlocked)
+    if run.data != 'world': expand(run.data)
+    if run.eval_data: Shards(run.eval_data, run.canvas)
+    if run.probes and run.probe_data:
+        for split in 'train', 'test': open_set(run.probe_data, split, 1)
 
 # %% ../nbs/02_pretrain.ipynb #3a55fe4f
 SMOKE = dict(images=128, canvas=32, samples=128, batch=16, arch='clipdino_vit_smoke', dim=32, text_width=32, text_layers=1, vocab=1024, local_crops=2, prototypes=32,
@@ -269,16 +268,15 @@ def seeded(run:Pretrain):
 def _distilling(run:Pretrain, dim:int)->dict: # of the encoder's class token
     "What DINO adds to an encoder"
     with seeded(run): head = DINOHead(dim, run.prototypes, run.head_hidden, run.bottleneck, run.head_norm)
-    return dict(teacher=make_encoder(run.arch, run.image_size, run.seed), head=head, locals_=run.local_crops, momentum=run.momentum, student_temp=run.student_temp, teacher_temp=run.teacher_temp,
+    return dict(teacher=make_encoder(run.arch, run.image_size, run.seed, class_only=True), head=head, locals_=run.local_crops, momentum=run.momentum, student_temp=run.student_temp, teacher_temp=run.teacher_temp,
                 warmup_temp=run.warmup_teacher_temp, warmup=run.warmup_teacher, centre_momentum=run.centre_momentum, freeze_last=run.freeze_last)
 
 def _objective(run:Pretrain)->nn.Module:
-    encoder = make_encoder(run.arch, run.image_size, run.seed, run.drop_path)
+    encoder = make_encoder(run.arch, run.image_size, run.seed, run.drop_path, class_only=run.objective not in OWN)  # which may read patch tokens
     dino = _distilling(run, encoder.num_features) if run.objective in DISTILS else {}
     if run.objective == 'dino': return DINO(encoder, **dino)
     with seeded(run):
         if run.objective in OWN:
-            if type(encoder.blocks[-1]) is LastBlock: encoder.blocks[-1].__class__ = Block  # it may read patch tokens
             own = OWN[run.objective].make(run, encoder)
             check(isinstance(own, Objective), f'make of {run.objective} returns a {type(own).__name__}, which does not derive from clipdino.objectives.Objective')
             return own
@@ -415,16 +413,19 @@ ROUNDING = 'micro', 'processes'  # these change the order of sums, and nothing e
 
 def kind_of(s:dict)->str: # settings, of a run or noted in its folder
     "Which notebook makes such a run"
-    return next(k for k, f in dict(pretrain='objective', vmcbench='vlm', analysis='encoders', vlm='llm', probe='encoder').items() if f in s)
+    return next((k for k, f in dict(pretrain='objective', vmcbench='vlm', analysis='encoders', vlm='llm', probe='encoder').items() if f in s), 'something else')
+
+def check_kind(folder:Path, run:Settings):
+    "Refuse a folder of another kind of run"
+    then, own = (kind_of(s) for s in (read_json(folder/'settings.json') if (folder/'settings.json').exists() else asdict(run), asdict(run)))
+    check(then == own, f'{folder.name} is a run of {then}, and not of {own}: give this one another name')
 
 def check_settings(folder:Path, run:Settings, fingerprint:str, precision:str='', # what training is in: fp32, bf16 or fp64
                    anew:bool=False): # whether an attempt before this one left nothing that binds it
     "Refuse to continue a run of another kind or with other settings, data or precision; note them when it is new"
     path, now = folder/'settings.json', dict(asdict(run), fingerprint=fingerprint)
-    if path.exists():
-        then, own = kind_of(read_json(path)), kind_of(now)
-        check(then == own, f'{folder.name} is a run of {then}, and not of {own}: give this one another name')
-        if anew: path.unlink()
+    check_kind(folder, run)
+    if anew: path.unlink(missing_ok=True)
     if path.exists():
         then = {**{f.name: f.default for f in fields(run)}, **read_json(path)}  # a setting that is newer than the run had its default
         other = {k: f'{k} was {then.get(k)!r} and is now {v!r}' for k, v in now.items() if then.get(k) != v and k not in FREE}
@@ -740,7 +741,7 @@ def final_scores(t:Trainer)->dict:
     def interval(k):
         images = n[k.rsplit('_', 1)[0]]
         return [float(v) for v in binomtest(round(scores[k]*images), images).proportion_ci(method='wilson')]
-    with dtype_of(run): untrained = make_encoder(run.arch, run.image_size, run.seed).to(t.acc.device)
+    with dtype_of(run): untrained = make_encoder(run.arch, run.image_size, run.seed, class_only=True).to(t.acc.device)
     return dict(test=scores, test_interval={k: interval(k) for k in scores}, test_images=n, untrained=probe(untrained, run.image_size))
 
 def finish(t:Trainer, scores:dict, seconds:float)->dict: # last accuracies of the in-training probe
@@ -786,9 +787,9 @@ def train(run:Pretrain, folder:Path)->dict:
 
 def pretrain(run:Pretrain)->dict:
     "Begin, continue or look up a run; its result"
+    if not launched() and (result := complete(runs_dir()/run.folder_name, run)) is not None: return result  # of several processes, all or none must look
     check_inputs(run)
     folder = run_dir(run.folder_name)
-    if not launched() and (result := complete(folder, run)) is not None: return result  # of several processes, all or none must look
     if launched() or world_size(run) == 1: return train(run, folder)
     return spawn(run, folder)
 
@@ -808,7 +809,9 @@ def spawn(run:Settings, folder:Path, module:str='clipdino.pretrain', options:lis
         try:
             for line in p.stdout:
                 tail = [*tail[-14:], line.rstrip()]
-                if m := re.match(r'(?:\[rank\d+\]: ?)?((?:\w+\.)*\w*(?:Error|Exception)\b.*)', line): faults.append(m[1])  # the first is the cause; torchrun's own come last
+                m = re.match(r'(?:\[rank\d+\]: ?)?(?:((?:\w+\.)*\w*(?:Error|Exception)(?:: .*)?)$|(?:During handling of|The above exception was))', line)
+                if m and m[1] and 'ChildFailedError' not in m[1]: faults.append(m[1])  # the first is the cause
+                elif m and not m[1]: faults = faults[:-1]  # it was met in the course of another, which follows
                 if line.startswith(REFUSED): said.append(tail[-1].removeprefix(REFUSED))
                 if not re.match(r'[WEI]\d{4} ', line): say(line.rstrip())  # torchrun's own log
         except BaseException:  # interrupted: the processes go with the cell
@@ -832,7 +835,7 @@ def program(module:str, kind:type, go, about:str, args=None): # settings' class;
         if dist.is_initialized(): dist.destroy_process_group()  # its threads would be torn down with the interpreter, which can abort a process that is done
     except (SettingsError, BadData, NonFinite, CannotWrite) as e: sys.exit(REFUSED + str(e))
     except KeyboardInterrupt:
-        say('interrupted; the same command goes on from the last saved state')
+        if int(os.environ.get('RANK', 0)) == 0: say('interrupted; the same command goes on from the last saved state')
         sys.exit(130)
 
 def main(args=None):
@@ -842,8 +845,7 @@ def main(args=None):
         return {k: result[k] for k in ('name', 'samples', 'loss', 'images_per_s', 'val')}
     program('clipdino.pretrain', Pretrain, go, 'Pre-train an encoder.', args)
 
-load_plugins()  # last of all, when there is all that they may import
-if __name__ == '__main__' and '__file__' in globals(): main()  # as a program; in a notebook there is no file
+
 
 # %% ../nbs/02_pretrain.ipynb #6207ee85
 def collect(folders)->pd.DataFrame: # finished run folders
@@ -935,3 +937,7 @@ def show_learning(runs:pd.DataFrame, axes): # from `collect`, of one preset; one
         ax.set(xlabel='thousand images seen', ylabel='accuracy, %', title=f'{title}, linear probe', ylim=(0, 100))
         sns.despine(ax=ax)
     axes[-1].legend(frameon=False, fontsize=8, loc='upper left')
+
+# %% ../nbs/02_pretrain.ipynb #4c546b6b
+load_plugins()  # last of all, when there is all that they may import
+if __name__ == '__main__' and '__file__' in globals(): main()  # as a program; in a notebook there is no file

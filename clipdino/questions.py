@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'CATEGORIES', 'VISION', 'LETTERS', 'COLUMNS', 'INSTRUCTION', 'MARK', 'KEPT', 'BROKEN', 'HUB', 'SPLIT_FILES',
-           'FORMS', 'prompt', 'squares', 'Questions', 'Parquet', 'need', 'lettered', 'Table', 'Lines', 'given',
+           'FORMS', 'prompt', 'squares', 'Questions', 'Parquet', 'need', 'lettered', 'Table', 'Lines', 'given', 'plain',
            'row_of', 'decoded', 'seen', 'Files', 'vmcbench_files', 'open_questions']
 
 # %% ../nbs/05_questions.ipynb #ce9845fd
@@ -166,16 +166,20 @@ BROKEN = .05  # share of the pictures that may be missing or broken
 
 def given(option)->bool: return option is not None and option == option and str(option).strip() != ''  # NaN is unlike itself
 
+def plain(text):
+    "A text as it is, without marks of the picture, which goes before the question"
+    return str(text).replace(MARK, '').strip() if MARK in str(text) else str(text) if given(text) else ''
+
 def row_of(r:dict, name:str)->dict|None: # raw row with options and place; the category of those that have none
     "The row in `COLUMNS`, checked; None unless it has four options"
-    options = [str(o) for o in r['options'][:4] if given(o)]
+    options, question = [plain(o) for o in r['options'][:4] if given(plain(o))], plain(r['question'])
     if len(options) != 4 or any(map(given, r['options'][4:])): return None  # letters belong to places
     try: index = int(r['index'])
     except (TypeError, ValueError): raise SettingsError(f'{r["where"]}: index={r["index"]!r} is no whole number') from None
-    check(given(r['question']), f'{r["where"]} has no question')
+    check(given(question), f'{r["where"]} has no question')
     answer = str(r['answer']).strip()
     check(answer in tuple(LETTERS), f'{r["where"]}: the answer is {answer!r} and must be one of {", ".join(LETTERS)}')
-    return dict(index=index, question=str(r['question']).replace(MARK, ''), **dict(zip(LETTERS, [o.replace(MARK, '') for o in options])), answer=answer, category=str(r.get('category') or name))
+    return dict(index=index, question=question, **dict(zip(LETTERS, options)), answer=answer, category=str(r.get('category') or name))
 
 def decoded(data:bytes)->Image.Image: # RGB
     im = Image.open(io.BytesIO(data))

@@ -33,7 +33,7 @@ from .chat import own_template
 from .core import Metrics, Progress, Settings, SettingsError, alone, check, digest, environment, in_test, injected, np_rng, one_of, read_json, root, run_dir, say, sync, theme, uniform, whole, write_json, writing
 from .encoders import folder_of, load_encoder
 from .lm import make_tokenizer
-from .pretrain import LOOKS, check_settings, tensors_digest
+from .pretrain import LOOKS, check_kind, check_settings, tensors_digest
 from .probe import device_of, objective_of, slug
 from .questions import CATEGORIES, GROUPS, LETTERS, VISION, Questions, open_questions, prompt
 from .readouts import joined, paired
@@ -346,13 +346,14 @@ def evaluate(run:Score, questions:Questions=None)->dict: # None: those that the 
     with alone(run_dir(run.folder_name)) as folder: return evaluate_in(folder, run, questions)
 
 def evaluate_in(folder:Path, run:Score, questions:Questions|None)->dict:
-    other, path = folder.parent/run.against, folder/'predictions.jsonl'
-    check(not run.against or (other/'result.json').exists(), f'{run.against} is no finished scoring run to compare with')
+    other, path, done = folder.parent/run.against, folder/'predictions.jsonl', (folder/'result.json').exists()
+    check_kind(folder, run)
+    check(done or not run.against or (other/path.name).exists() and (other/'result.json').exists(), f'{run.against} is no finished scoring run to compare with')
     questions = questions_of(run) if questions is None else questions
     vlm = load_vlm(untrained_vlm(folder/'untrained', questions, seed=run.seed) if run.vlm == 'untrained' else run.vlm, device_of(run.device), run.precision)
-    if run.against: check(read_json(other/'result.json')['questions']['fingerprint'] == questions.fingerprint, f'{run.against} answered other questions')
-    check_settings(folder, run, digest(vlm.fingerprint, questions.fingerprint), anew=not Metrics.read(path))
-    if (folder/'result.json').exists():
+    if run.against and not done: check(read_json(other/'result.json')['questions']['fingerprint'] == questions.fingerprint, f'{run.against} answered other questions')
+    check_settings(folder, run, digest(vlm.fingerprint, questions.fingerprint), anew=not done and not Metrics.read(path))
+    if done:
         say(f'{folder.name} is complete; delete its folder to run it again')
         return read_json(folder/'result.json')
     rows = judge(answer_all(vlm, questions, run, path), run.seed)

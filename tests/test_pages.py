@@ -123,6 +123,8 @@ def test_objectives_from_elsewhere(tmp_path, monkeypatch):
     assert e.dim == 32 and not e.has_text
     def importing(plugins, first): return subprocess.run([sys.executable, '-c', f'import clipdino.{first}; from clipdino.objectives import OWN; print(list(OWN))'], cwd=tmp_path, env=dict(env, CLIPDINO_PLUGINS=plugins), capture_output=True, text=True)
     for first in 'pretrain', 'objectives', 'encoders': assert importing('simclr', first).stdout == "['simclr']\n", first
-    for wrong in 'simclr.py', 'nothing': assert f'CLIPDINO_PLUGINS names {wrong}, and no such module is found' in importing(wrong, 'pretrain').stderr
+    (tmp_path/'late.py').write_text('from clipdino.probe import device_of')  # which itself needs all of pre-training
+    assert importing('late', 'pretrain').returncode == 0
+    for wrong in 'simclr.py', 'nothing', 'clipdino.nothing.at_all', './simclr.py': assert f'CLIPDINO_PLUGINS names {wrong}, and no such module is found' in importing(wrong, 'pretrain').stderr
     monkeypatch.setitem(pretrain.OWN, 'simclr', Own(make=None, views=None, captions=True))
     assert load_encoder(str(folder)).has_text  # as it says of itself where it is known

@@ -203,6 +203,13 @@ def test_what_a_probing_run_refuses(given, said, capsys):
     with pytest.raises(SettingsError, match=said): probe.probe(probe.settings('smoke', **given))
     assert not list(Path('.').glob('runs/*/result.json')) and not Path('runs/nothing').exists() and not capsys.readouterr().out  # before anything is computed
 
+def test_sets_of_ones_own_may_be_called_as_the_worlds_are(tmp_path):
+    "But not beside it"
+    for name in 'world', 'object': picture_folder(tmp_path/name)
+    r = probe.probe(probe.settings('smoke', encoder=ENCODER, data=f'{tmp_path}/world, {tmp_path}/object'))['tasks']
+    assert list(r) == ['world', 'object'] and r['world']['linear']['pictures'] == r['object']['linear']['pictures'] == 24
+    with pytest.raises(SettingsError, match='object is the name of a task of the world too'): probe.probe(probe.settings('smoke', encoder=ENCODER, name='b', data=f'{tmp_path}/object, world'))
+
 def test_a_mistake_can_be_mended_under_the_same_name(tmp_path):
     picture_folder(tmp_path/'mine')
     for data in 'nowhere', f'{tmp_path}/mine':
@@ -211,9 +218,9 @@ def test_a_mistake_can_be_mended_under_the_same_name(tmp_path):
             with pytest.raises(SettingsError, match='no shards at nowhere'): probe.probe(run)
         else: assert probe.probe(run)['tasks']['mine']['linear']['pictures'] == 24
 
-@pytest.mark.parametrize('device', ['gpu0', 'cuda:99'])
+@pytest.mark.parametrize('device', ['gpu0', 'cuda:99', 'meta', 'hpu'])
 def test_a_device_that_is_not_there(device):
-    with pytest.raises(SettingsError, match=f'device={device} is not there: give cpu'): probe.probe(probe.settings('smoke', encoder=ENCODER, device=device))
+    with pytest.raises(SettingsError, match=f'device={device} can not be used here (.*): give cpu'): probe.probe(probe.settings('smoke', encoder=ENCODER, device=device))
 
 def test_a_folder_of_another_kind_is_left_alone():
     "A pre-training that was cut, whose states would bind a run of its name"

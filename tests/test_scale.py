@@ -112,6 +112,10 @@ def test_a_refusal_is_found_in_all_that_torchrun_reports(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match='^the reason$'): spawn(settings('smoke', processes=4), tmp_path/'x')
     torchrun.write_text("#!/bin/sh\necho '[rank1]: Traceback (most recent call last):'\necho '[rank1]: torch.OutOfMemoryError: no room'\nseq 100\necho torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\nexit 1\n")
     with pytest.raises(RuntimeError, match='^a process of x ended with code 1: torch.OutOfMemoryError: no room\n'): spawn(settings('smoke', processes=4), tmp_path/'x')
+    torchrun.write_text("#!/bin/sh\necho 'Exception ignored in: <f>'\necho 'KeyError: 1'\necho 'During handling of the above exception, another exception occurred:'\necho 'OSError: the cause'\nkill -9 $$\n")
+    with pytest.raises(RuntimeError, match='^a process of x ended with code -9: OSError: the cause\n'): spawn(settings('smoke', processes=4), tmp_path/'x')
+    torchrun.write_text("#!/bin/sh\necho torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\necho 'Signal 9 (SIGKILL)'\nexit 1\n")
+    with pytest.raises(RuntimeError, match='^a process of x ended with code 1: torch.*:\nSignal 9'): spawn(settings('smoke', processes=4), tmp_path/'x')
 
 def test_an_interrupted_program_says_so(capsys):
     def go(**given): raise KeyboardInterrupt
@@ -248,6 +252,19 @@ def test_what_is_needed_at_the_end_is_looked_at_first(tmp_path, monkeypatch, giv
         (d := tmp_path/'set/train'/k).mkdir(parents=True)
         Image.new('RGB', (8, 8)).save(d/'0.png')
     with pytest.raises((SettingsError, BadData), match=said): check_inputs(settings('smoke', **given))
+    if 'probe_data' in given: check_inputs(settings('smoke', probes=0, **given))  # nobody will read it
+
+def test_a_complete_run_is_looked_up_without_its_data(tmp_path, monkeypatch):
+    (tmp_path/'settings.ini').touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv('IN_TEST', raising=False)
+    shard(tmp_path/'0.tar', 0, 60)
+    run = settings('smoke', name='x', data='0.tar', probes=0)
+    result = pretrain(run)
+    (tmp_path/'0.tar').unlink()
+    assert pretrain(run) == result
+    with pytest.raises(SettingsError, match='no shards at 0.tar'): pretrain(settings('smoke', name='y', data='0.tar', probes=0))
+    assert not Path('runs/y').exists()
 
 def test_two_precisions_in_one_process(tmp_path):
     assert [accelerator(settings('smoke', precision=p), tmp_path).mixed_precision for p in ('bf16', 'fp32', 'bf16')] == ['bf16', 'no', 'bf16']

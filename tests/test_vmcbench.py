@@ -123,13 +123,16 @@ def test_what_other_programs_write_into_lines(tmp_path):
     "A byte-order mark, blank lines, no picture, a mark where the picture stands; pictures of 16 bits keep their greys"
     rows = published(40)
     lines = Path(jsonl(tmp_path/'a.jsonl', rows)).read_text().splitlines()
-    lines[0], lines[1] = lines[0].replace('What is', '<image>What is'), json.dumps(dict(json.loads(lines[1]), image=None))
+    lines[0], lines[1] = lines[0].replace('What is', '<image>\\nWhat is'), json.dumps(dict(json.loads(lines[1]), image=None))
     Image.fromarray(np.full((4, 4), 100 << 8, np.uint16)).save(tmp_path/f'{rows[0]["index"]}.png')
     (tmp_path/'b.jsonl').write_text('\n\n'.join(lines) + '\n \n', encoding='utf-8-sig')
     q = open_questions(str(tmp_path/'b.jsonl'))
     assert len(q) == 39 and q.skipped['no picture'] == 1
     at = [r['index'] for r in q.rows].index(rows[0]['index'])
     assert q.rows[at]['question'] == rows[0]['question'] and q.picture(at).getpixel((0, 0)) == (100, 100, 100)
+    Path(jsonl(tmp_path/'d.jsonl', published(_2=dict(A='<image>'), _3=dict(question='<image>')))).read_text()
+    with pytest.raises(SettingsError, match='d.jsonl, row 3 has no question'): open_questions(str(tmp_path/'d.jsonl'))
+    assert open_questions(jsonl(tmp_path/'e.jsonl', published(_2=dict(A='<image>')))).skipped['not four options'] == 1
     (tmp_path/'c.jsonl').write_bytes(b'{"question": "\xff"}\n')
     with pytest.raises(SettingsError, match='c.jsonl is not UTF-8 .invalid start byte at byte 14'): open_questions(str(tmp_path/'c.jsonl'))
 
@@ -384,6 +387,17 @@ def test_the_folder_of_a_vlm_is_left_alone(folder):
     before = note.read_bytes()
     with pytest.raises(SettingsError, match='v is a run of vlm, and not of vmcbench: give this one another name'): go(folder, 'v')
     assert note.read_bytes() == before
+    with pytest.raises(SettingsError, match='v is a run of vlm'): go('untrained', 'v')
+    assert not (note.parent/'untrained').exists()
+
+def test_a_complete_run_binds_even_without_its_answers(folder):
+    go(folder)
+    note = Path('runs/s/settings.json')
+    before = note.read_bytes()
+    Path('runs/s/predictions.jsonl').unlink()
+    with pytest.raises(SettingsError, match='begun with other settings: seed was 0 and is now 1'): go(folder, seed=1)
+    assert note.read_bytes() == before
+    with pytest.raises(SettingsError, match='s is no finished scoring run to compare with'): go(folder, 't', against='s')
 
 def test_two_runs_on_the_same_questions(folder, tmp_path):
     a = go(folder, 'a')
