@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LM', 'SIZES', 'FORMS', 'NAME', 'KEY', 'BOTH', 'CHECK', 'SPECIAL', 'TEMPLATE', 'SmallLM', 'shuffled', 'turn',
-           'document', 'Documents', 'units', 'make_tokenizer', 'small_model', 'batches', 'train_small', 'settings',
-           'lm_dir', 'small_lm', 'reading_scores']
+           'document', 'Documents', 'units', 'make_tokenizer', 'small_model', 'batches', 'Both', 'train_small',
+           'settings', 'lm_dir', 'small_lm', 'reading_scores']
 
 # %% ../nbs/05_lm.ipynb #84e891e4
-import math, os, re, tempfile
+import math, os, re, shutil, tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .chat import MARK, SHORT, Form
 from .core import Progress, Settings, cache_dir, check, digest, generator, locked, np_rng, one_of, say, writing
+from .pretrain import load_state, save_state
 from .questions import CATEGORIES, INSTRUCTION, LETTERS, prompt
 from .world import NAMES, POSITIONS, caption, versions
 from .worldvqa import QUESTIONS, WorldVQA, describe, knowledge
@@ -109,24 +110,35 @@ def small_model(run:SmallLM, tokenizer)->nn.Module:
     return model
 
 # %% ../nbs/05_lm.ipynb #4a256cf0
-def batches(run:SmallLM, form:Form, mega:int=16):
+def batches(run:SmallLM, form:Form, start:int=0, mega:int=16): # step to begin with
     "Yields ids (B, L) and weights (B, L) of each step: documents of similar length together. What is answered counts fully, all else a tenth"
     steps, documents, rng = run.docs//run.batch, Documents(run.seed, run.docs//8), np_rng(run.seed, 32)
     for a in range(0, steps, mega):
         n = min(mega, steps - a)
+        order = rng.permutation(n)
+        if a + n <= start: continue
         made = form([(d, False) for d in documents(range(a*run.batch, (a + n)*run.batch))])
         made.sort(key=lambda d: len(d[0]))
-        for k in rng.permutation(n):
+        for k in order[max(start - a, 0):]:
             part = [(torch.from_numpy(ids), torch.from_numpy(np.where(loss, 1., .1)).float()) for ids, loss in made[k*run.batch:(k + 1)*run.batch]]
             yield [nn.utils.rnn.pad_sequence(list(v), batch_first=True) for v in zip(*part)]
 
-def train_small(run:SmallLM, tokenizer, device='cpu')->nn.Module:
-    "The model after training"
+class Both:
+    "Two optimisers, whose state is saved as that of one"
+    def __init__(self, *opts): self.opts = opts
+    def state_dict(self)->dict: return dict(state={1000*i + k: s for i, o in enumerate(self.opts) for k, s in o.state_dict()['state'].items()}, param_groups=None)
+    def load_state_dict(self, d:dict):
+        for i, o in enumerate(self.opts): o.load_state_dict(dict(state={k % 1000: s for k, s in d['state'].items() if k//1000 == i}, param_groups=o.state_dict()['param_groups']))
+
+def train_small(run:SmallLM, tokenizer, device='cpu', folder:Path|None=None, every:int=250)->nn.Module: # where it saves its state, after so many steps; None: nowhere
+    "The model after training, which goes on from what `folder` has"
     model, form, steps = small_model(run, tokenizer).to(device), Form(tokenizer), run.docs//run.batch
     matrices, rest = ([w for n, w in model.named_parameters() if (w.ndim == 2 and 'embed' not in n) == hidden] for hidden in (True, False))
     opts = torch.optim.Muon(matrices, momentum=.95, weight_decay=.01, adjust_lr_fn='match_rms_adamw'), torch.optim.AdamW(rest, betas=(.9, .98), weight_decay=0., fused=True)
-    letters, shown = torch.tensor(tokenizer.convert_tokens_to_ids(list(LETTERS)), device=device), Progress(steps)
-    for step, (ids, weights) in enumerate(batches(run, form), 1):
+    start = load_state(folder, model.model, Both(*opts)) if folder else 0
+    if start: say(f'continuing the small language model from step {start} of {steps}')
+    letters, shown = torch.tensor(tokenizer.convert_tokens_to_ids(list(LETTERS)), device=device), Progress(steps, start)
+    for step, (ids, weights) in enumerate(batches(run, form, start), start + 1):
         ids, weights = ids.to(device), weights.to(device)
         weights[torch.isin(ids, letters) & (weights == 1)] = 3.  # what all else is for
         for g in (g for o in opts for g in o.param_groups): g['lr'] = run.lr*min(step/100, 1, 2*(1 - (step - 1)/steps))  # up, level, and down over the second half
@@ -137,6 +149,7 @@ def train_small(run:SmallLM, tokenizer, device='cpu')->nn.Module:
         nn.utils.clip_grad_norm_(model.parameters(), 1.)
         for o in opts: o.step(), o.zero_grad()
         if shown.due(step): shown(step, loss=loss.item(), of='the small language model')
+        if folder and step % every == 0 and step < steps: save_state(folder, model.model, Both(*opts), step)
     check(math.isfinite(loss.item()), 'the small language model did not train: its loss is not finite')
     return model.eval()
 
@@ -158,14 +171,17 @@ def small_lm(preset:str='mini', size:str='')->Path:
     if d.exists(): return d
     with locked(d):
         if d.exists(): return d  # another process has made it meanwhile
+        state = d.with_name(f'training-{d.name}')
+        with writing(state): state.mkdir(exist_ok=True)
         if run.docs > 10_000: say('training the small language model, once')
         tokenizer = make_tokenizer([m for doc in Documents(run.seed)(range(4000)) for t in doc for m in t])
-        model = train_small(run, tokenizer, 'cuda' if torch.cuda.is_available() else 'cpu').cpu()
+        model = train_small(run, tokenizer, 'cuda' if torch.cuda.is_available() else 'cpu', state).cpu()
         with writing(d), tempfile.TemporaryDirectory(prefix=f'.{d.name}.', dir=d.parent) as tmp:
             model.should_save_on_this_rank = lambda main: main  # of several processes, the one that came first, which need not be number 0
             model.save_pretrained(f'{tmp}/lm')
             tokenizer.save_pretrained(f'{tmp}/lm')
             os.replace(f'{tmp}/lm', d)
+        shutil.rmtree(state)
     return d
 
 # %% ../nbs/05_lm.ipynb #755f76fb

@@ -9,9 +9,10 @@ from helpers import context, group, start
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import clipdino.lm as lm
 from clipdino.chat import MARK, Form
 from clipdino.core import SettingsError
-from clipdino.lm import FORMS, NAME, SIZES, Documents, SmallLM, batches, shuffled, small_lm, small_model, turn
+from clipdino.lm import FORMS, NAME, SIZES, Documents, SmallLM, batches, shuffled, small_lm, small_model, train_small, turn
 from clipdino.questions import LETTERS, prompt
 from clipdino.vlm import check_inputs, open_llm, settings as vlm_settings
 from clipdino.world import NAMES, POSITIONS
@@ -85,6 +86,19 @@ def test_killed_while_it_is_written(tmp_path, made):
     p.join()
     assert p.exitcode == 0 and sorted(d.name for d in tmp_path.iterdir() if d.is_dir() and 'lm-' in d.name) == [made.name]
     assert (tmp_path/made.name/'model.safetensors').read_bytes() == (made/'model.safetensors').read_bytes()
+
+@pytest.mark.parametrize('cut', [7, 21, 35])
+def test_a_training_that_was_cut_goes_on(tokenizer, tmp_path, monkeypatch, capsys, cut):
+    "To the same weights as in one go"
+    run, save = SmallLM(**SIZES['smoke'] | dict(docs=640)), lm.save_state
+    def last(folder, model, opt, step):
+        save(folder, model, opt, step)
+        if step == cut: raise InterruptedError
+    monkeypatch.setattr(lm, 'save_state', last)
+    with pytest.raises(InterruptedError): train_small(run, tokenizer, folder=tmp_path, every=7)
+    monkeypatch.undo()
+    ends = [train_small(run, tokenizer, folder=f, every=7).state_dict() for f in (tmp_path, None)]
+    assert f'continuing the small language model from step {cut} of 40' in capsys.readouterr().out and all(torch.equal(v, ends[1][k]) for k, v in ends[0].items())
 
 def test_documents_are_functions_of_their_index():
     all_, d = Documents(0)(range(40)), Documents(0)
