@@ -153,12 +153,12 @@ def train_small(run:SmallLM, tokenizer, device='cpu', folder:Path|None=None, eve
     check(math.isfinite(loss.item()), 'the small language model did not train: its loss is not finite')
     return model.eval()
 
-def settings(preset:str='mini', size:str='')->SmallLM: # wide: twice as wide
+def settings(preset:str='mini', size:str='')->SmallLM: # narrow: half as wide
     "The settings of the small language model"
     one_of('preset', preset, ('smoke', 'mini', 'small', 'paper'))
-    check(size in ('', 'wide'), f'world:{size} is no language model; there are world and world:wide')
+    check(size in ('', 'narrow'), f'world:{size} is no language model; there are world and world:narrow')
     run = SmallLM.make(dict(SIZES, paper=SIZES['small']), preset)
-    return replace(run, width=2*run.width, heads=2*run.heads) if size else run
+    return replace(run, width=run.width//2, heads=run.heads//2) if size else run
 
 def lm_dir(run:SmallLM)->Path:
     "Where it is kept"

@@ -38,10 +38,10 @@ def test_it_is_made_once(made, monkeypatch):
     assert small_lm('smoke') == made and {f.name: f.stat().st_mtime_ns for f in made.iterdir()} == before
     with pytest.raises(SettingsError, match="preset='huge' is not one of"): small_lm('huge')
 
-def test_one_twice_as_wide(made, monkeypatch):
+def test_one_half_as_wide(made, monkeypatch):
     monkeypatch.setenv('CLIPDINO_CACHE', str(made.parent))
-    llm, plain = open_llm('world:wide', 'smoke')[0], AutoConfig.from_pretrained(made)
-    assert (llm.config.hidden_size, llm.config.num_attention_heads, llm.config.num_hidden_layers) == (2*plain.hidden_size, 2*plain.num_attention_heads, plain.num_hidden_layers)
+    llm, plain = open_llm('world:narrow', 'smoke')[0], AutoConfig.from_pretrained(made)
+    assert (2*llm.config.hidden_size, 2*llm.config.num_attention_heads, llm.config.num_hidden_layers) == (plain.hidden_size, plain.num_attention_heads, plain.num_hidden_layers)
     assert small_lm('smoke') == made
     with pytest.raises(SettingsError, match='world:tall is no language model'): check_inputs(vlm_settings('smoke', llm='world:tall'))
 
