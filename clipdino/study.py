@@ -7,12 +7,12 @@ __all__ = ['RESULTS', 'STAGES', 'GALLERY', 'PICTURES', 'MATCHINGS', 'CLAIMS', 'M
            'UNITS', 'MARKS', 'LINES', 'LINE_COLOURS', 'VARIED', 'READ', 'deciding', 'identity', 'variant_key',
            'finished', 'tables_dir', 'collect', 'pairs_of', 'questions_of', 'patches_of', 'read_table', 'Results',
            'Effect', 'effect', 'by_seed', 'curves', 'like', 'matched', 'aligned', 'of_main', 'probed', 'mean_of',
-           'real_or', 'answered', 'differences', 'on_average', 'in_training', 'Claim', 'claim', 'classification',
-           'fine_grained', 'factors', 'moves', 'show_moves', 'symbols', 'text_questions', 'other_questions',
-           'vision_questions', 'sigmoid', 'text_encoder', 'language_model', 'outcome', 'judge', 'judgements',
-           'sensitivity', 'show_claims', 'measured', 'ruled', 'p_value', 'found', 'told', 'verdicts', 'abstract',
-           'for_readme', 'refresh', 'runs_of', 'values_of', 'along', 'show_along', 'show_varied', 'kinds_of_tasks',
-           'show_kinds', 'show_pairs', 'show_patch_tokens']
+           'real_or', 'answered', 'differences', 'of_vlms', 'on_average', 'in_training', 'Claim', 'claim',
+           'classification', 'fine_grained', 'factors', 'moves', 'show_moves', 'symbols', 'text_questions',
+           'other_questions', 'vision_questions', 'sigmoid', 'text_encoder', 'language_models', 'llm_gain',
+           'language_model', 'two_sided', 'outcome', 'judge', 'judgements', 'sensitivity', 'show_claims', 'measured',
+           'ruled', 'p_value', 'found', 'told', 'verdicts', 'abstract', 'for_readme', 'refresh', 'runs_of', 'values_of',
+           'along', 'show_along', 'show_varied', 'kinds_of_tasks', 'show_kinds', 'show_pairs', 'show_patch_tokens']
 
 # %% ../nbs/07_study.ipynb #30b1e560
 import math, re, sys
@@ -286,12 +286,17 @@ def answered(r:Results, members, a:str, b:str, protocol:str='calibrated', aggreg
 
 def differences(r:Results, a:str, b:str, protocol:str, variants:dict, seeds=None)->dict: # seed -> (n,)
     "Right answers of one objective's VLM less those of the other's, question by question"
-    runs = of_main(r.answers, variants, blind=False)
+    ours, theirs = (of_vlms(r, o, protocol, variants.get(o, ''), seeds) for o in (a, b))
+    check(ours and list(ours) == list(theirs), f'answers{" with " + ", ".join(dict.fromkeys(filter(None, variants.values()))) if any(variants.values()) else ""}: '
+          f'{a} has the seeds {list(ours)} and {b} has {list(theirs)}; they must have the same')
+    return {s: ours[s] - theirs[s] for s in ours}
+
+def of_vlms(r:Results, objective:str, protocol:str, variant:str='', seeds=None)->dict: # seed -> (n,)
+    "Which questions an objective's VLMs answer right"
+    runs = r.answers[(r.answers.objective == objective) & (r.answers.variant == variant) & ~r.answers.blind].sort_values('seed')
     if seeds is not None: runs = runs[runs.seed.isin(seeds)]
-    ours, theirs = (runs[runs.objective == o].sort_values('seed') for o in (a, b))
-    check(len(ours) and list(ours.seed) == list(theirs.seed) and ours.seed.is_unique, f'answers{" with " + ", ".join(dict.fromkeys(filter(None, variants.values()))) if any(variants.values()) else ""}: '
-          f'{a} has the seeds {list(ours.seed)} and {b} has {list(theirs.seed)}; they must have the same, each once')
-    return dict(zip(ours.seed, right(ours, r.questions, protocol) - right(theirs, r.questions, protocol)))
+    check(runs.seed.is_unique, f'answers: {objective} has several for seed {runs.seed[runs.seed.duplicated()][:1].tolist()}')
+    return dict(zip(runs.seed, right(runs, r.questions, protocol))) if len(runs) else {}
 
 def on_average(r:Results, members, values, aggregation:str)->Effect: # (s, n) numbers of questions
     "Their mean over some of the twenty tasks"
@@ -320,13 +325,20 @@ class Claim:
     sign: int  # of the effect; 0 for none
     f: object  # (results, a, b, **how) -> Effect
     learned: tuple = ()  # objectives that must be better than an untrained encoder for the claim to mean anything
+    differ: object = None  # (results, **how) -> Effect, which must be above or below 0 for that
+
+    def lacks(self, r, **how)->str:
+        "What it presupposes and is not shown; empty if all is"
+        low = [o for o in self.learned if self.f(r, o, 'untrained', **how).above(0) >= ALPHA]
+        if low: return f'{" and ".join(low)} not shown better than untrained'
+        return 'neither shown better' if self.differ and two_sided(self.differ(r, **how)) >= ALPHA else ''
 
 CLAIMS = {}
 
-def claim(id:str, says:str, paper:str, sign:int, learned:tuple=()):
+def claim(id:str, says:str, paper:str, sign:int, learned:tuple=(), differ=None):
     "Makes a function a claim"
     def keep(f):
-        CLAIMS[id] = Claim(id, says, paper, sign, f, learned)
+        CLAIMS[id] = Claim(id, says, paper, sign, f, learned, differ)
         return f
     return keep
 
@@ -389,19 +401,37 @@ def text_encoder(r, a='clip-lm', b='clip', protocol='calibrated', aggregation='t
     "All twenty tasks (the paper, Table 2)"
     return answered(r, CATEGORIES, a, b, protocol, aggregation)
 
-@claim('8', 'The gap in general questions grows with a larger language model', 'wider with Qwen2-7B than with Vicuna-7B', 1)
-def language_model(r, a='clip', b='dino', llm='world:wide', protocol='calibrated', aggregation='twenty')->Effect:
-    "General group: the gap with another language model less the gap with the preset's (the paper, appendix C)"
-    x, y = (differences(r, a, b, protocol, {a: v, b: v}) for v in (f'llm={llm}', ''))
-    check(set(x) & set(y), f'the VLMs with {llm} have the seeds {list(x)} and the others {list(y)}')
-    return on_average(r, GROUPS['General'], [x[s] - y[s] for s in x if s in y], aggregation)  # seed by seed and question by question, as one gap shares encoders and questions with the other
+def language_models(r, a, b, protocol)->np.ndarray: # of `of_vlms`: (seeds, 2, 2, n): language models, the preset's first, and the two objectives
+    "Answers with two language models"
+    other = [v for v in dict.fromkeys(r.answers.variant) if re.fullmatch(r'llm=\S+', v)]
+    check(len(other) == 1, f'there must be VLMs with one language model besides that of the preset, and there are {", ".join(other) or "none"}: the study llm has them')
+    t = {(l, o): of_vlms(r, o, protocol, l) for l in ('', *other) for o in (a, b)}
+    seeds = sorted(set.intersection(*map(set, t.values())))
+    check(seeds, f'answers of {a} and {b} with both language models, {other[0]} and that of the preset, have no seed in common')
+    return np.array([[[t[l, o][s] for o in (a, b)] for l in ('', *other)] for s in seeds])
+
+def llm_gain(r, a='clip', b='dino', protocol='calibrated', aggregation='twenty')->Effect:
+    "General group: what both objectives' VLMs answer more with the preset's language model than with the other"
+    v = language_models(r, a, b, protocol).mean(2)
+    return on_average(r, GROUPS['General'], v[:, 0] - v[:, 1], aggregation)
+
+@claim('8', 'The gap in general questions grows with a better language model', 'wider with Qwen2-7B than with Vicuna-7B', 1, differ=llm_gain)
+def language_model(r, a='clip', b='dino', protocol='calibrated', aggregation='twenty')->Effect:
+    "General group: the gap with the better of two language models, the one with which both objectives' VLMs answer more, less the gap with the other (the paper, appendix C)"
+    v = language_models(r, a, b, protocol)
+    gaps, sign = v[:, :, 0] - v[:, :, 1], 1 if llm_gain(r, a, b, protocol, aggregation).value > 0 else -1
+    return on_average(r, GROUPS['General'], sign*(gaps[:, 0] - gaps[:, 1]), aggregation)  # seed by seed and question by question, as one gap shares encoders and questions with the other
 
 # %% ../nbs/07_study.ipynb #a054b88f
 MARGIN, ALPHA = 2., .05  # points that count as no difference; level of all tests
 
+def two_sided(e:Effect)->float:
+    "The p-value of an effect being 0"
+    return min(1., 2*min(e.above(0), 1 - e.above(0)))
+
 def outcome(e:Effect, sign:int)->tuple: # -> p-value, what it would show
     "The test of a claim"
-    if sign: return min(1., 2*min(e.above(0), 1 - e.above(0))), 'replicated' if e.value*sign > 0 else 'reversed'
+    if sign: return two_sided(e), 'replicated' if e.value*sign > 0 else 'reversed'
     same, other = max(e.above(-MARGIN), 1 - e.above(MARGIN)), min(1., 2*min(e.above(MARGIN), 1 - e.above(-MARGIN)))
     return (same, 'replicated') if same <= other else (other, 'reversed')
 
@@ -411,19 +441,19 @@ def judge(r:Results, **how)->pd.DataFrame: # arguments of the claims; those clai
     for c in (c for c in CLAIMS.values() if set(how) <= set(signature(c.f).parameters)):
         row = dict(claim=c.id, says=c.says, paper=c.paper, floor='', why='')
         try:
-            e, floor = c.f(r, **how), [o for o in c.learned if c.f(r, o, 'untrained', **how).above(0) >= ALPHA]
+            e, floor = c.f(r, **how), c.lacks(r, **how)
         except SettingsError as why: rows.append(dict(row, verdict='incomplete', why=str(why)))
         else:
             if len(e.seeds) < 2:
                 rows.append(dict(row, effect=e.value, unit=e.unit, seeds=1, verdict='incomplete', why='one seed has no interval; it takes at least two, and better three'))
                 continue
             (low, high), (p, shows) = e.interval(), outcome(e, c.sign)
-            rows.append(dict(row, effect=e.value, low=low, high=high, unit=e.unit, seeds=len(e.seeds), p=p, verdict=shows, floor=' and '.join(floor)))
+            rows.append(dict(row, effect=e.value, low=low, high=high, unit=e.unit, seeds=len(e.seeds), p=p, verdict=shows, floor=floor))
     t = pd.DataFrame(rows).reindex(columns=['claim', 'says', 'paper', 'effect', 'low', 'high', 'unit', 'seeds', 'p', 'verdict', 'floor', 'why'])
     done = t.p.notna()
     if done.any(): t.loc[done, 'p'] = multipletests(t.p[done], ALPHA, 'holm')[1]
     t.loc[done & (t.p >= ALPHA), 'verdict'] = 'inconclusive'
-    t.loc[t.floor != '', 'verdict'] = 'not shown better than untrained'
+    t.loc[t.floor != '', 'verdict'] = 'not shown better'
     return t
 
 # %% ../nbs/07_study.ipynb #2aa0bb85
@@ -441,7 +471,7 @@ def sensitivity(r:Results)->pd.DataFrame: # columns: claims
     return pd.DataFrame({k: judge(r, **how).set_index('claim').apply(cell, axis=1) for k, how in OTHERWISE.items()}).T.reindex(columns=list(CLAIMS)).fillna('')
 
 # %% ../nbs/07_study.ipynb #8de7418c
-VERDICTS = {'replicated': 'C0', 'reversed': 'C3', 'inconclusive': '.55', 'not shown better than untrained': '.8'}
+VERDICTS = {'replicated': 'C0', 'reversed': 'C3', 'inconclusive': '.55', 'not shown better': '.8'}
 
 def show_claims(tables:dict): # of `judgements`
     "Effects with their intervals, by unit; the colour is the verdict, the marker the way"
@@ -469,8 +499,8 @@ def measured(c)->str: # row of `judge`
     return number(c.effect) + f' {UNITS[c.unit]}'.rstrip() + (f' [{number(c.low)},\xa0{number(c.high)}]' if c.low == c.low else '')  # which no line breaks in two
 
 def ruled(c)->str: # row of `judge`
-    "Verdict of a claim, and of which objectives it is"
-    return f'{c.floor} {c.verdict}'.strip()
+    "Verdict of a claim, or what it presupposes and is not shown"
+    return c.floor or c.verdict
 
 def p_value(c)->str: # row of `judge`
     "The corrected p-value of a claim's test; nothing if it has none or its encoders did not learn enough"

@@ -62,7 +62,7 @@ def test_what_the_paper_says_is_replicated(tmp_path):
     t = judged(tmp_path, **AS_THE_PAPER)
     assert dict(t.verdict[['1', '2', '3', '4', '5', '6v']]) == dict.fromkeys(('1', '2', '3', '4', '5', '6v'), 'replicated')
     assert t.effect['2'] == pytest.approx(10, abs=.6) and t.effect['3'] == pytest.approx(.75, abs=.02) and t.effect['4'] == pytest.approx(-.2, abs=.01)
-    assert t.verdict['8'] == 'incomplete' and "clip has the seeds []" in t.why['8']
+    assert t.verdict['8'] == 'incomplete' and 'there are none: the study llm has them' in t.why['8']
     assert (t.low[t.effect.notna()] < t.effect.dropna()).all() and set(t.seeds.dropna()) == {3}
 
 def test_the_opposite_is_reversed(tmp_path):
@@ -72,12 +72,12 @@ def test_the_opposite_is_reversed(tmp_path):
 
 def test_seeds_that_disagree_leave_it_open(tmp_path):
     t = judged(tmp_path, values=AS_THE_PAPER['values'], spread=.3)
-    assert set(t.verdict[['1', '2', '4']]) <= {'inconclusive', 'not shown better than untrained'} and t.verdict['5'] == 'inconclusive', 'and no VLM is better than another'
+    assert set(t.verdict[['1', '2', '4']]) <= {'inconclusive', 'not shown better'} and t.verdict['5'] == 'inconclusive', 'and no VLM is better than another'
 
 def test_encoders_that_learned_nothing_are_not_compared(tmp_path):
     t = judged(tmp_path, values={('dino', 'object'): .2, ('clip', 'object'): .2}, answers=dict(clip=lambda c: .3, dino=lambda c: .3, siglip=lambda c: .3))
-    assert t.verdict['1'] == 'not shown better than untrained' and t.floor['1'] == 'clip and dino'
-    assert t.verdict['7s'] == 'not shown better than untrained' and t.floor['7t'] == 'clip'
+    assert t.verdict['1'] == 'not shown better' and t.floor['1'] == 'clip and dino not shown better than untrained'
+    assert t.verdict['7s'] == 'not shown better' and t.floor['7t'] == 'clip not shown better than untrained'
     v = verdicts(dict(one=t.reset_index(), other=t.iloc[:1].reset_index())).set_index('')
     assert v.one['7t'].endswith('], clip not shown better than untrained') and v.other['1'].endswith('clip and dino not shown better than untrained') and v.other['2'] == ''
 
@@ -145,8 +145,8 @@ def test_a_connector_trained_for_less(tmp_path):
     short, blind = 'stage1_samples=16384', lambda c: .3
     more = [(o, v) for v in (short, 'stage1_samples=32768') for o in ('clip', 'dino', 'untrained')]
     r = Results('mini', write(tmp_path, answers=dict(clip=lambda c: .8 if c in GROUPS['OCR'] else .3, dino=blind) | {(o, short): blind for o in ('clip', 'dino', 'untrained')}, more=more))
-    assert judge(r).set_index('claim').verdict['5'] == 'replicated' and (t := judge(r, shorter=True)).claim.tolist() == ['5', '6', '6v'] and t.verdict[0] == 'not shown better than untrained'
-    assert sensitivity(r).loc['shorter alignment', '5'].endswith('not shown better than untrained') and along(r, 'stage1_samples').value.tolist()[::3] == ['131072', '16384', '32768']
+    assert judge(r).set_index('claim').verdict['5'] == 'replicated' and (t := judge(r, shorter=True)).claim.tolist() == ['5', '6', '6v'] and t.verdict[0] == 'not shown better'
+    assert sensitivity(r).loc['shorter alignment', '5'].endswith('not shown better') and along(r, 'stage1_samples').value.tolist()[::3] == ['131072', '16384', '32768']
     with pytest.raises(SettingsError, match='no VLMs whose stage 1 was shorter'): aligned(Results('mini', write(tmp_path, more=[('clip', 'stage1_samples=262144')])), 'clip', 'dino')
 
 def test_results_on_real_sets_come_first(tmp_path):
@@ -239,7 +239,7 @@ def test_answers_entered_twice_are_no_more_seeds(tmp_path):
     folder = write(tmp_path)
     t = read_table(folder/'vmcbench_mini.csv')
     pd.concat([t, t]).to_csv(folder/'vmcbench_mini.csv', index=False)
-    assert judge(Results('mini', folder)).set_index('claim').why['5'].endswith('[0, 0, 1, 1, 2, 2]; they must have the same, each once')
+    assert judge(Results('mini', folder)).set_index('claim').why['5'] == 'answers: clip has several for seed [0]'
 
 def test_untrained_encoders_of_two_objectives_are_one(tmp_path):
     folder = write(tmp_path)
@@ -259,20 +259,33 @@ def test_one_seed_has_an_effect_and_no_verdict(tmp_path):
     assert set(t.verdict) == {'incomplete'} and t.p.isna().all() and t.effect['2'] == pytest.approx(10, abs=1) and t.why['5'].startswith('one seed has no interval') and t.effect['5'] > 10
 
 def test_variants_are_not_mixed_with_the_main_runs(tmp_path):
-    "A run with other captions changes no claim; answers of another language model are claim 8's"
-    write(tmp_path, **AS_THE_PAPER)
-    before = judge(Results('mini', tmp_path))
-    runs, told = (pd.read_csv(tmp_path/f'{k}_mini.csv', keep_default_na=False) for k in ('runs', 'vmcbench'))
-    more = told[told.encoder.str.match('clip-mini|dino-mini')].assign(vlm=lambda t: t.vlm + '-wide')
-    more.loc[more.encoder.str.startswith('clip'), ['letter', 'likely', 'calibrated']] = letters(lambda c: .95, 9)
-    pd.concat([told, more]).to_csv(tmp_path/'vmcbench_mini.csv', index=False)
-    pd.concat([runs, runs[runs.run.isin(told.vlm[told.encoder.str.match('clip-mini|dino-mini')])].assign(run=lambda t: t.run + '-wide', variant='llm=world:wide')]).to_csv(tmp_path/'runs_mini.csv', index=False)
-    after = judge(Results('mini', tmp_path)).set_index('claim')
-    assert after.effect[list(before.claim[:-1])].tolist() == before.effect[:-1].tolist() and after.verdict['8'] == 'replicated' and after.effect['8'] > 20
-    same = told[told.encoder.str.match('(clip|dino)-mini-s[01]')].assign(vlm=lambda t: t.vlm + '-wide')
-    pd.concat([told, same]).to_csv(tmp_path/'vmcbench_mini.csv', index=False)
+    "A run with other captions, or another language model, changes no claim but 8"
+    before = judged(tmp_path, **AS_THE_PAPER)
+    after = judged(tmp_path, **AS_THE_PAPER, more=[('clip', 'captions=no text'), *BOTH_LLMS])
+    assert after.effect[:-1].tolist() == before.effect[:-1].tolist() and before.effect.isna()['8'] and after.effect.notna()['8']
+
+BOTH_LLMS = [(o, 'llm=other') for o in ('clip', 'dino')]
+
+@pytest.mark.parametrize('clip, dino, own, verdict', [(.6, .5, (.9, .6), 'replicated'), (.9, .6, (.6, .5), 'replicated'), (.8, .5, (.9, .8), 'reversed'), (.9, .8, (.8, .5), 'reversed'), (.9, .5, (.8, .6), 'not shown better')])
+def test_gaps_with_two_language_models(tmp_path, clip, dino, own, verdict):
+    "Whichever is the better one; and if neither is, the claim means nothing"
+    shares = {('clip', 'llm=other'): clip, ('dino', 'llm=other'): dino, ('clip', ''): own[0], ('dino', ''): own[1]}
+    t = judged(tmp_path, answers={k: lambda c, v=v: v for k, v in shares.items()}, more=BOTH_LLMS)
+    assert t.verdict['8'] == verdict and (verdict != 'not shown better' or t.floor['8'] == 'neither shown better')
+    if verdict != 'not shown better': assert t.effect['8'] == pytest.approx(20 if verdict == 'replicated' else -20, abs=8)
+
+def test_seeds_that_both_language_models_have(tmp_path):
+    write(tmp_path, **AS_THE_PAPER, more=BOTH_LLMS)
+    told = read_table(tmp_path/'vmcbench_mini.csv')
+    own = told[~told.vlm.str.contains('llm=')]
+    same = own[own.encoder.str.match('(clip|dino)-mini-s[01]')].assign(vlm=lambda t: t.vlm + 'llm=other', run=lambda t: t.run + 'llm=other')
+    pd.concat([own, same]).to_csv(tmp_path/'vmcbench_mini.csv', index=False)
     e = CLAIMS['8'].f(Results('mini', tmp_path))
     assert (e.value, e.se, e.seeds) == (0, 0, (0, 0)), 'the same answers, of two of three seeds'
+    pd.concat([own, same[same.encoder.str.startswith('clip')]]).to_csv(tmp_path/'vmcbench_mini.csv', index=False)
+    with pytest.raises(SettingsError, match='llm=other and that of the preset, have no seed in common'): CLAIMS['8'].f(Results('mini', tmp_path))
+    write(tmp_path, **AS_THE_PAPER, more=[*BOTH_LLMS, ('clip', 'llm=third')])
+    with pytest.raises(SettingsError, match='one language model besides that of the preset, and there are llm=other, llm=third'): CLAIMS['8'].f(Results('mini', tmp_path))
 
 def test_real_runs_become_tables(tmp_path, monkeypatch):
     "A chain of tiny runs, gathered twice and in two pieces"
