@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WORDINGS', 'SHORT', 'TEMPLATES', 'CHATS', 'LENGTH', 'AT', 'PICTURE', 'FIRST', 'TARGETS', 'Chats', 'WorldSquares',
            'WorldCaptions', 'AnyQuestions', 'chat_of', 'elements', 'read_rows', 'stamps', 'Files', 'broken',
-           'LlavaJson', 'Joined', 'Mixed', 'own_template', 'template_of', 'messages', 'Form', 'loss_mask', 'expand',
-           'render', 'facts', 'fill', 'read', 'tokens_of', 'Batches']
+           'LlavaJson', 'own_template', 'template_of', 'messages', 'Form', 'loss_mask', 'expand', 'render', 'facts',
+           'fill', 'read', 'tokens_of', 'Batches']
 
 # %% ../nbs/05_chat.ipynb #f3a34cf7
 import json, mmap, re, time, zlib
@@ -195,9 +195,7 @@ class LlavaJson(Chats):
                  square:str='pad', # pad or crop
                  mean=(.5, .5, .5), # colour of the padding; an encoder's mean, which it sees as 0
                  max_bad:float=.05): # largest share of rows that can't be used
-        path, folder = Path(path).expanduser(), Path(folder).expanduser()
-        check(path.is_file() and path.stat().st_size > 0, f'{path} is not there, or empty: it should be a .json file such as llava_v1_5_mix665k.json')
-        check(folder.is_dir(), f'{folder} is no folder: it should be the one in which the paths in {path.name} begin')
+        path, folder = self.places(path, folder)
         self.path, self.stamp = path, stamp(path)
         key, rows, names, bad = read_rows(path)
         marks = stamps(folder, names)
@@ -213,6 +211,14 @@ class LlavaJson(Chats):
         if used[0] < 0: used, self.ids = used[1:], self.ids - 1
         pictures = Files(path.stem, folder, [names[k] for k in used], [marks[k] for k in used], square, mean)
         super().__init__(path.stem, digest(key, pictures.fingerprint, sorted(bad)), pictures)
+
+    @staticmethod
+    def places(path, folder)->tuple:
+        "Where list and pictures are, which must be there"
+        path, folder = Path(path).expanduser(), Path(folder).expanduser()
+        check(path.is_file() and path.stat().st_size > 0, f'{path} is not there, or empty: it should be a .json file such as llava_v1_5_mix665k.json')
+        check(folder.is_dir(), f'{folder} is no folder: it should be the one in which the paths in {path.name} begin')
+        return path, folder
 
     def _judge(self, n:int, max_bad:float):
         "Refuse a list of which too little can be used"
@@ -232,43 +238,6 @@ class LlavaJson(Chats):
         with open(self.path, 'rb') as f:
             f.seek(at)
             return chat_of(json.loads(f.read(n)))[0]
-
-# %% ../nbs/05_chat.ipynb #cefab0a1
-class Joined:
-    "Several sets of pictures as one"
-    def __init__(self, parts:list):
-        self.parts, self.ends = parts, np.cumsum([0, *(len(p) for p in parts)])[1:]
-        self.name, self.fingerprint = ' + '.join(p.name for p in parts), digest([p.fingerprint for p in parts])
-    def __len__(self): return sum(len(p) for p in self.parts)
-    def start(self, k:int)->int: return int(self.ends[k]) - len(self.parts[k])
-    def batch(self, ids, size:int)->np.ndarray: # (B, size, size, 3) uint8
-        ids = np.asarray(ids, np.int64)
-        part, out = np.searchsorted(self.ends, ids, 'right'), np.empty((len(ids), size, size, 3), np.uint8)
-        for k in np.unique(part): out[part == k] = self.parts[k].batch(ids[part == k] - self.start(k), size)
-        return out
-
-class Mixed(Chats):
-    "Several sources of conversations as one"
-    def __init__(self, chats:list):
-        check(chats, 'Mixed needs at least one source of conversations')
-        self.chats, self.ends = chats, np.cumsum([len(c) for c in chats])
-        sets = {c.pictures.fingerprint: c.pictures for c in chats if len(c.pictures)}
-        super().__init__(' + '.join(c.name for c in chats), digest([c.fingerprint for c in chats]), Joined(list(sets.values())))
-        starts = {key: self.pictures.start(k) for k, key in enumerate(sets)}
-        self.starts = [starts.get(c.pictures.fingerprint, 0) for c in chats]
-        self.missing = sum((c.missing for c in chats), Counter())
-    def _find(self, i:int)->tuple: # -> which source, row in it
-        k = int(np.searchsorted(self.ends, i, 'right'))
-        return k, i - int(self.ends[k]) + len(self.chats[k])
-    def __len__(self): return int(self.ends[-1])
-    def turns(self, i:int)->list:
-        k, j = self._find(i)
-        return self.chats[k].turns(j)
-    def picture_id(self, i:int)->int:
-        k, j = self._find(i)
-        at = self.chats[k].picture_id(j)
-        return at if at < 0 else at + self.starts[k]
-    def unusable(self): return (bad for c in self.chats for bad in c.unusable())
 
 # %% ../nbs/05_chat.ipynb #cffc7bd1
 TEMPLATES = dict(

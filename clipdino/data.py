@@ -24,7 +24,7 @@ from braceexpand import UnbalancedBracesError, braceexpand
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from .core import Progress, SettingsError, cache_dir, check, digest, locked, mix, permute, whole, writing
+from .core import Progress, SettingsError, cache_dir, check, cores, digest, locked, mix, permute, whole, writing
 
 # %% ../nbs/01_data.ipynb #bc7bc5b8
 class BadData(RuntimeError):
@@ -260,8 +260,10 @@ class _Here:
 def _pool(pid:int, n:int): return ThreadPoolExecutor(n) if n > 1 else _Here
 
 def threads():
-    "As many threads as torch has here: one in a loader's process, where other processes have the other cores"
-    return _pool(os.getpid(), torch.get_num_threads())  # a fork has none of its parent's threads
+    "As many threads as torch has here: one in a loader's process, where other processes have the other cores. Of several training processes each has its share of the cores, where launchers leave torch one thread"
+    n, here = torch.get_num_threads(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    if here > 1 and torch.utils.data.get_worker_info() is None: n = max(n, cores()//here)
+    return _pool(os.getpid(), n)  # a fork has none of its parent's threads
 
 class Shards:
     "Source of the image-text pairs in the WebDataset shards that `spec` names"

@@ -80,7 +80,8 @@ class Encoder(nn.Module):
         self.size, self.mean, self.std, self.prefix, self.classed = size, tuple(mean), tuple(std), prefix, classed
         self.make_towers, self.towers, self.has_text = towers, None, towers is not None
         self.requires_grad_(False).eval()
-        (_, patches), = self.tokens(torch.zeros(1, 3, size, size))
+        p = next(model.parameters())
+        (_, patches), = self.tokens(torch.zeros(1, 3, size, size, device=p.device, dtype=p.dtype))
         n, self.dim = patches.shape[1:]
         self.grid = grid_of(n)
         check(math.prod(self.grid) == n, f'{name} makes {n} patch tokens of a square picture, which are no square')

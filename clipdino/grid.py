@@ -76,7 +76,7 @@ class Job:
 
 # %% ../nbs/07_grid.ipynb #add0d0ec
 def times(k): return lambda v: int(k*v)
-def another_llm(v): return 'world:narrow' if v == 'world' else 'Qwen/Qwen2-7B-Instruct'
+def another_llm(v): return 'world:half' if v == 'world' else 'Qwen/Qwen2-7B-Instruct'
 
 @dataclass(frozen=True)
 class Study:
@@ -190,8 +190,8 @@ class Plan:
             for _, e in made: self.add('probe', [trained(e)], encoder=e)
         if 'analysis' in study.kinds: self.analysis(name, [e for _, e in made], [self.encoder(o, seed) for o in study.beside], seed)
         if 'vlm' not in study.kinds: return
-        for o, e in made:
-            for c in study.vlm:
+        for c in study.vlm:  # for all encoders before the next, as they are compared
+            for o, e in made:
                 v = self.vlm(e, seed, c)
                 self.add('score', [v], vlm=v)
                 if o in study.blind: self.add('score', [v], '-blind', vlm=v, blind=True)

@@ -8,7 +8,7 @@ __all__ = ['LM', 'SIZES', 'FORMS', 'NAME', 'KEY', 'BOTH', 'CHECK', 'SPECIAL', 'T
            'settings', 'lm_dir', 'small_lm', 'reading_scores']
 
 # %% ../nbs/05_lm.ipynb #84e891e4
-import math, os, re, shutil, tempfile
+import os, re, shutil, tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -146,19 +146,18 @@ def train_small(run:SmallLM, tokenizer, device='cpu', folder:Path|None=None, eve
         losses = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction='none')
         loss = (losses*weights[:, 1:].flatten()).sum()/weights[:, 1:].sum()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        check(nn.utils.clip_grad_norm_(model.parameters(), 1.).isfinite(), f'the small language model does not train: its gradient is not finite at step {step}')
         for o in opts: o.step(), o.zero_grad()
         if shown.due(step): shown(step, loss=loss.item(), of='the small language model')
         if folder and step % every == 0 and step < steps: save_state(folder, model.model, Both(*opts), step)
-    check(math.isfinite(loss.item()), 'the small language model did not train: its loss is not finite')
     return model.eval()
 
-def settings(preset:str='mini', size:str='')->SmallLM: # narrow: half as wide
+def settings(preset:str='mini', size:str='')->SmallLM: # half: trained on half of the documents
     "The settings of the small language model"
     one_of('preset', preset, ('smoke', 'mini', 'small', 'paper'))
-    check(size in ('', 'narrow'), f'world:{size} is no language model; there are world and world:narrow')
+    check(size in ('', 'half'), f'world:{size} is no language model; there are world and world:half')
     run = SmallLM.make(dict(SIZES, paper=SIZES['small']), preset)
-    return replace(run, width=run.width//2, heads=run.heads//2) if size else run
+    return replace(run, docs=run.docs//2) if size else run
 
 def lm_dir(run:SmallLM)->Path:
     "Where it is kept"

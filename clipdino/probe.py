@@ -98,7 +98,7 @@ def patch_tokens(encoder:Encoder, x, layer:int)->torch.Tensor: # (B, N, D)
     (_, patches), = encoder.tokens(x, (layer,))
     return patches
 
-def fill(path:Path, encoder:Encoder, source, what, layer:int, batch:int):
+def fill(path:Path, encoder:Encoder, source, what, layer:int, batch:int, dtype:str):
     "Write the features of all pictures of `source` into the .npy file `path`, whole"
     n, ids = len(source), [np.arange(a, min(a + batch, len(source))) for a in range(0, len(source), batch)]
     check(n > 0, f'{source.name} has no pictures')
@@ -111,22 +111,22 @@ def fill(path:Path, encoder:Encoder, source, what, layer:int, batch:int):
             bad = ~np.isfinite(x).reshape(len(x), -1).all(1)
             check(not bad.any(), f'features of picture {rows[bad.argmax()]} of {source.name} are not finite under {encoder.name}')
             if not rows[0]:
-                need, free = 4*n*x[0].size, shutil.disk_usage(path.parent).free
+                need, free = np.dtype(dtype).itemsize*n*x[0].size, shutil.disk_usage(path.parent).free
                 check(need < free - 2**28, f'the features need {need/2**20:.0f} MiB, and {free/2**20:.0f} MiB are free; set CLIPDINO_CACHE to a roomier folder')
-                np.lib.format.write_array_header_1_0(f, dict(descr='<f4', fortran_order=False, shape=(n, *x.shape[1:])))
-            f.write(np.ascontiguousarray(x, '<f4'))
+                np.lib.format.write_array_header_1_0(f, dict(descr=np.dtype(dtype).newbyteorder('<').str, fortran_order=False, shape=(n, *x.shape[1:])))
+            f.write(np.ascontiguousarray(x, np.dtype(dtype).newbyteorder('<')))
             if time.time() - begun > 20: shown(int(rows[-1]) + 1, of=source.name)
 
-def features(encoder:Encoder, source, what=pooled, layer:int=-1, batch:int=256)->np.ndarray: # (n, 2, D), or (n, N, D) of patch tokens; read-only memory map
+def features(encoder:Encoder, source, what=pooled, layer:int=-1, batch:int=256, dtype:str='float32')->np.ndarray: # (n, 2, D), or (n, N, D) of patch tokens; read-only memory map
     "The features of a set of pictures (with `name`, `fingerprint`, length and `batch(ids, size)`), made unless they are there"
     model = encoder.joint() if what is joint else encoder.model
     weights = tensors_digest({k: v.cpu() for k, v in model.state_dict().items()}) if what is joint else encoder.fingerprint
-    key = digest(FEATURES, weights, encoder.size, list(encoder.mean), list(encoder.std), source.fingerprint, what.__name__, layer, *functions(model))
+    key = digest(FEATURES, weights, encoder.size, list(encoder.mean), list(encoder.std), source.fingerprint, what.__name__, layer, *functions(model), *[dtype]*(dtype != 'float32'))
     path = cache_dir()/'features'/f'{key}.npy'
     with locked(path):
         try: return np.load(path, mmap_mode='r')
         except (OSError, ValueError, EOFError): pass  # not there, or damaged
-        fill(path, encoder, source, what, layer, batch)
+        fill(path, encoder, source, what, layer, batch, dtype)
         return np.load(path, mmap_mode='r')
 
 # %% ../nbs/03_probe.ipynb #4b4f2040

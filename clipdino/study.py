@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['RESULTS', 'STAGES', 'GALLERY', 'PICTURES', 'MATCHINGS', 'CLAIMS', 'MARGIN', 'ALPHA', 'WAYS', 'OTHERWISE', 'VERDICTS',
-           'UNITS', 'MARKS', 'LINES', 'LINE_COLOURS', 'VARIED', 'READ', 'deciding', 'identity', 'variant_key',
-           'finished', 'tables_dir', 'collect', 'pairs_of', 'questions_of', 'patches_of', 'read_table', 'Results',
-           'Effect', 'effect', 'by_seed', 'curves', 'like', 'matched', 'aligned', 'of_main', 'probed', 'mean_of',
-           'real_or', 'answered', 'differences', 'of_vlms', 'on_average', 'in_training', 'Claim', 'claim',
-           'classification', 'fine_grained', 'factors', 'moves', 'show_moves', 'symbols', 'text_questions',
-           'other_questions', 'vision_questions', 'sigmoid', 'text_encoder', 'language_models', 'llm_gain',
-           'language_model', 'two_sided', 'outcome', 'judge', 'judgements', 'sensitivity', 'show_claims', 'measured',
-           'ruled', 'p_value', 'found', 'told', 'verdicts', 'abstract', 'for_readme', 'refresh', 'runs_of', 'values_of',
-           'along', 'show_along', 'show_varied', 'kinds_of_tasks', 'show_kinds', 'show_pairs', 'show_patch_tokens']
+           'UNITS', 'MARKS', 'LINES', 'LINE_COLOURS', 'VARIED', 'ONLY_CLIP', 'READ', 'deciding', 'identity',
+           'variant_key', 'finished', 'tables_dir', 'collect', 'pairs_of', 'questions_of', 'patches_of', 'read_table',
+           'Results', 'Effect', 'effect', 'by_seed', 'curves', 'at_end', 'like', 'matched', 'aligned', 'of_main',
+           'probed', 'mean_of', 'real_or', 'answered', 'differences', 'of_vlms', 'on_average', 'in_training', 'Claim',
+           'claim', 'classification', 'fine_grained', 'semantics', 'appearance', 'moves', 'show_moves', 'symbols',
+           'text_questions', 'other_questions', 'vision_questions', 'sigmoid', 'text_encoder', 'language_models',
+           'general', 'is_better', 'language_model', 'two_sided', 'outcome', 'judge', 'judgements', 'sensitivity',
+           'show_claims', 'measured', 'ruled', 'p_value', 'found', 'told', 'verdicts', 'abstract', 'for_readme',
+           'refresh', 'runs_of', 'values_of', 'along', 'show_along', 'show_varied', 'kinds_of_tasks', 'show_kinds',
+           'show_pairs', 'show_patch_tokens']
 
 # %% ../nbs/07_study.ipynb #30b1e560
 import math, re, sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, partial
 from inspect import signature
 from pathlib import Path
@@ -33,7 +34,7 @@ import clipdino.analysis as analysis, clipdino.pretrain as pretrain, clipdino.pr
 from .core import PRESETS, SettingsError, check, digest, one_of, read_json, root, say, stamp, whole, writing
 from .encoders import load_encoder
 from .pairs import distinct
-from .questions import CATEGORIES, GROUPS, VISION, Questions
+from .questions import CATEGORIES, GROUPS, LETTERS, VISION, Questions
 from .readouts import joined
 from .sets import SETS
 from .vmcbench import aggregate, predictions, right, short
@@ -45,7 +46,7 @@ STAGES = dict(pretrain=pretrain, probe=probe, analysis=analysis, vmcbench=vmcben
 GALLERY, PICTURES = 12, 6  # pairs kept of each side of an analysis, pictures whose patch tokens are kept
 _NAMES = 'preset', 'objective', 'seed', 'name', 'encoder', 'encoders', 'vlm', 'against'  # say which run it is, and not how it was made
 _MACHINERY = 'max_bad', 'micro', 'processes', 'workers', 'augment', 'precision', 'compile', 'probes', 'probe_data', 'eval_data', 'save_every', 'tracker', 'cached', 'shard', 'recompute', 'device'
-_ELSEWHERE = dict(vlm=('questions',), probe=('data', 'authors', 'batch'), analysis=('batch',), vmcbench=('questions', 'n', 'canvas', 'limit', 'how', 'blind', 'batch'))  # what the rows of a kind say themselves, or what changes no number
+_ELSEWHERE = dict(vlm=('questions',), probe=('data', 'authors', 'batch'), analysis=('batch',), vmcbench=('questions', 'how', 'blind', 'batch'))  # what the rows of a kind say themselves, or what changes no number
 
 def deciding(kind:str, preset:str, objective:str='', then:dict={})->tuple: # settings.json -> settings, of the preset and of the run
     "What decides a run's numbers, by name; a setting that is newer than the run had its default, and data that the preset leaves open is told apart by its fingerprint"
@@ -171,7 +172,9 @@ class Results:
     @cached_property
     def probe(self)->pd.DataFrame: return self._with_encoders(self._read('probe'), 'weights')
     @cached_property
-    def analysis(self)->pd.DataFrame: return self._with_encoders(self._read('analysis'), 'weights').drop_duplicates(['encoder', 'variant', 'what', 'row', 'value'])  # some are analysed beside several others
+    def analysis(self)->pd.DataFrame: 
+        t = self._with_encoders(self._read('analysis'), 'weights')
+        return t[t.what.str.startswith('shared') | ~t.duplicated(['encoder', 'variant', 'what', 'row', 'value'])]  # some are analysed beside several others, with which they make pairs
     @cached_property
     def answers(self)->pd.DataFrame:
         t = self._read('vmcbench')
@@ -191,16 +194,19 @@ class Results:
     def patches(self)->pd.DataFrame: return self._with_encoders(self._read('patches'))
     @cached_property
     def questions(self)->Questions: # without pictures
-        n = {len(v) for v in self.answers.calibrated}
-        check(len(n) == 1, f'the runs of {self.preset} answered {" or ".join(map(str, sorted(n)))} questions')
-        fingerprints, t = set(self.answers.fingerprint), self._read('questions')
+        asked = self.answers[self.answers.run.map(self.runs.set_index('run').variant) == '']  # others were asked less, or other questions
+        fingerprints, n, t = set(asked.fingerprint), {len(v) for k in set(vmcbench.PROTOCOLS.values()) for v in asked[k] if v}, self._read('questions')
         t = t[t.fingerprint.isin(fingerprints)].sort_values('i')
-        check(len(fingerprints) == 1 and len(t) == n.pop(), f'questions_{self.preset}.csv must have the questions {" or ".join(sorted(fingerprints))} that runs answered, and these alone once')
+        check(len(fingerprints) == 1 and n == {len(t)}, f'questions_{self.preset}.csv must have the questions {" or ".join(sorted(fingerprints))} that runs answered, and these alone once')
         return Questions(t.questions.iloc[0], *fingerprints, t[['category', 'answer']].to_dict('records'))
 
     def versions(self)->pd.DataFrame:
-        "How many runs of each kind were made by which version of the code, on what"
-        return self.runs.groupby(['kind', 'commit', 'device']).agg(runs=('run', 'count')).reset_index()
+        "How many runs of each kind and objective, as the preset has them or in any other way, were made by which version of the code, on what"
+        of = self.runs.set_index('run').of
+        encoder = [r.run if r.kind == 'pretrain' else of.get(r.of, r.of) if r.kind == 'vmcbench' else r.of for r in self.runs.itertuples()]
+        who = [self.who(e) if e.removeprefix('random:') in self.encoders.index else dict(objective='several', variant='') for e in encoder]
+        t = self.runs.assign(objective=[w['objective'] for w in who], variant=['' if w['variant'] == v == '' else 'others' for w, v in zip(who, self.runs.variant)])
+        return t.groupby(['kind', 'objective', 'variant', 'commit', 'device'], sort=False).agg(runs=('run', 'count')).reset_index().sort_values(['kind', 'variant', 'objective', 'commit'])
 
 # %% ../nbs/07_study.ipynb #915e1bdc
 @dataclass(frozen=True)
@@ -217,6 +223,8 @@ class Effect:
         return self.value - half, self.value + half
     def above(self, x:float)->float: # p-value of the effect being at most x
         return float(student.sf((self.value - x)/self.se, self.df)) if self.se else float(self.value <= x)
+    def below(self, x:float)->float: # p-value of the effect being at least x
+        return replace(self, value=-self.value).above(-x)
 
 def effect(differences, within:float=0., unit:str='points')->Effect: # of the seeds; standard error that all seeds share
     "Mean over seeds"
@@ -240,10 +248,14 @@ def curves(r:Results, variants=None)->pd.DataFrame: # variants: None for all
     t = r.pretrain[(r.pretrain.split == 'val') & r.pretrain.task.isin(('object', 'classes')) & (r.pretrain.readout == 'linear')]
     return (t if variants is None else t[t.variant.isin(variants)]).assign(value=100*t.accuracy)
 
+def at_end(r:Results)->pd.Series: # by objective and variant
+    "What `curves` come to, on average over seeds"
+    t = curves(r)
+    return t[t.samples == t.groupby('encoder').samples.transform('max')].groupby(['objective', 'variant']).value.mean()
+
 def like(r:Results, a:str, b:str)->str: # objectives -> variant
     "Of `a`'s encoders that were stopped early, those that classify most like `b`'s"
-    t = curves(r)
-    ends = t[t.samples == t.groupby('encoder').samples.transform('max')].groupby(['objective', 'variant']).value.mean()
+    ends = at_end(r)
     early = {v: abs(x - ends[b, '']) for (o, v), x in ends.items() if o == a and re.fullmatch(r'samples=\d+( warmup=\S+)?', v)} if (b, '') in ends else {}
     check(early, f'there are no runs of {a} that were stopped early to compare with {b}')
     return min(early, key=early.get)
@@ -270,10 +282,9 @@ def probed(r:Results, tasks, a:str, b:str, how:str='linear', matching:str='sampl
     t = (t if seeds is None else t[t.seed.isin(seeds)]).assign(**{k: 100*t[k] for k in ('value', 'low', 'high')})
     return mean_of([by_seed(t[t.task == task], a, b, f'{how} probe of {task}') for task in ([tasks] if isinstance(tasks, str) else tasks)])
 
-def mean_of(parts, weights=None, unit:str='points')->Effect: # of `by_seed`; None for equal ones
-    "A weighted sum of differences that were measured apart"
-    w = weights or [1/len(parts)]*len(parts)
-    return effect(sum(k*d for k, (d, _) in zip(w, parts)), math.hypot(*(k*se for k, (_, se) in zip(w, parts))), unit)
+def mean_of(parts, unit:str='points')->Effect: # of `by_seed`
+    "Mean of differences that were measured apart"
+    return effect(sum(d for d, _ in parts)/len(parts), math.hypot(*(se for _, se in parts))/len(parts), unit)
 
 def real_or(r:Results, sets:tuple, world:str): # -> names of tasks
     "Those of some labelled sets that encoders were probed on, or else a task of the world"
@@ -294,7 +305,7 @@ def differences(r:Results, a:str, b:str, protocol:str, variants:dict, seeds=None
 def of_vlms(r:Results, objective:str, protocol:str, variant:str='', seeds=None)->dict: # seed -> (n,)
     "Which questions an objective's VLMs answer right"
     runs = r.answers[(r.answers.objective == objective) & (r.answers.variant == variant) & ~r.answers.blind].sort_values('seed')
-    if seeds is not None: runs = runs[runs.seed.isin(seeds)]
+    runs = runs[(runs[vmcbench.PROTOCOLS[protocol]] != '') & (runs.seed.isin(seeds) if seeds is not None else True)]  # not all were asked in each way
     check(runs.seed.is_unique, f'answers: {objective} has several for seed {runs.seed[runs.seed.duplicated()][:1].tolist()}')
     return dict(zip(runs.seed, right(runs, r.questions, protocol))) if len(runs) else {}
 
@@ -325,20 +336,20 @@ class Claim:
     sign: int  # of the effect; 0 for none
     f: object  # (results, a, b, **how) -> Effect
     learned: tuple = ()  # objectives that must be better than an untrained encoder for the claim to mean anything
-    differ: object = None  # (results, **how) -> Effect, which must be above or below 0 for that
+    presumes: object = None  # (results, **how) -> what else that takes: {what is not shown: Effect, which must be above 0}
 
     def lacks(self, r, **how)->str:
-        "What it presupposes and is not shown; empty if all is"
+        "What it presupposes and is not shown, each at 5 % and uncorrected; empty if all is"
         low = [o for o in self.learned if self.f(r, o, 'untrained', **how).above(0) >= ALPHA]
         if low: return f'{" and ".join(low)} not shown better than untrained'
-        return 'neither shown better' if self.differ and two_sided(self.differ(r, **how)) >= ALPHA else ''
+        return next((k for k, e in self.presumes(r, **how).items() if e.above(0) >= ALPHA), '') if self.presumes else ''
 
 CLAIMS = {}
 
-def claim(id:str, says:str, paper:str, sign:int, learned:tuple=(), differ=None):
+def claim(id:str, says:str, paper:str, sign:int, learned:tuple=(), presumes=None):
     "Makes a function a claim"
     def keep(f):
-        CLAIMS[id] = Claim(id, says, paper, sign, f, learned, differ)
+        CLAIMS[id] = Claim(id, says, paper, sign, f, learned, presumes)
         return f
     return keep
 
@@ -352,20 +363,25 @@ def fine_grained(r, a='clip', b='dino', how='linear', matching='samples')->Effec
     "Linear probes of cars and birds, or of classes within families (the paper, Table 1)"
     return probed(r, real_or(r, ('cars', 'cub'), 'within families'), a, b, how, matching)
 
-@claim('3', 'CLIP follows objects and words, DINO colour and style', 'pairs, by inspection', 1)
-def factors(r, a='clip', b='dino', matching='samples')->Effect:
-    "How far an embedding moves when one factor of a scene changes, by the distance of unrelated scenes: the mean of object and word less that of colour and style (the paper, section 3)"
-    return mean_of(moves(r, a, b, matching).values(), [.5, .5, -.5, -.5], 'distances')
+@claim('3o', 'CLIP follows objects and words', 'pairs, by inspection', 1)
+def semantics(r, a='clip', b='dino', matching='samples')->Effect:
+    "How far an embedding moves when the object or the word of a scene changes, by the distance of unrelated scenes (the paper, section 3)"
+    return mean_of([moves(r, a, b, matching)[f] for f in ('object', 'word')], 'distances')
+
+@claim('3c', 'DINO follows colour and style', 'pairs, by inspection', -1)
+def appearance(r, a='clip', b='dino', matching='samples')->Effect:
+    "The same when colour or style changes (the paper, section 3)"
+    return mean_of([moves(r, a, b, matching)[f] for f in ('colour', 'style')], 'distances')
 
 def moves(r, a='clip', b='dino', matching='samples')->dict: # factor -> of `by_seed`
-    "What claim 3 is made of"
+    "What claims 3 are made of"
     t = of_main(r.analysis, matched(r, matching, a, b), what='sensitivity')
     return {f: by_seed(t[t.row == f], a, b, f'sensitivity to {f}') for f in ('object', 'word', 'colour', 'style')}
 
 def show_moves(r)->pd.DataFrame:
-    "Sensitivities that claim 3 is made of, as means of seeds; and differences with their intervals, also from encoders that have learned nothing"
+    "Sensitivities that claims 3 are made of, as means of seeds; and differences with their intervals, also from encoders that have learned nothing"
     t = of_main(r.analysis, what='sensitivity').pivot_table(index='row', columns='objective', values='value')[['clip', 'dino', 'untrained']]
-    def said(d): return '{:+.2f} [{:+.2f},\xa0{:+.2f}]'.format((e := mean_of([d], unit='distances')).value, *e.interval())
+    def said(d): return '{:+.2f} [{:+.2f},\xa0{:+.2f}]'.format((e := mean_of([d], 'distances')).value, *e.interval())
     for name, how in {'CLIP minus DINO': {}, 'the same at equal accuracy': dict(matching='accuracy'), 'DINO minus untrained': dict(a='dino', b='untrained')}.items():
         try: t[name] = pd.Series({f: said(d) for f, d in moves(r, **how).items()})
         except SettingsError: continue  # whose runs are not there
@@ -401,38 +417,44 @@ def text_encoder(r, a='clip-lm', b='clip', protocol='calibrated', aggregation='t
     "All twenty tasks (the paper, Table 2)"
     return answered(r, CATEGORIES, a, b, protocol, aggregation)
 
-def language_models(r, a, b, protocol)->np.ndarray: # of `of_vlms`: (seeds, 2, 2, n): language models, the preset's first, and the two objectives
-    "Answers with two language models"
-    other = [v for v in dict.fromkeys(r.answers.variant) if re.fullmatch(r'llm=\S+', v)]
-    check(len(other) == 1, f'there must be VLMs with one language model besides that of the preset, and there are {", ".join(other) or "none"}: the study llm has them')
+def language_models(r, a, b, protocol, aggregation)->np.ndarray: # of `of_vlms`: (seeds, 2, 2, n): language models and objectives
+    "Answers with two language models, first those with the better one, with which more general questions are answered"
+    other = [v for v in dict.fromkeys(r.answers.variant[r.answers.objective == a]) if re.fullmatch(r'llm=\S+', v) and v in set(r.answers.variant[r.answers.objective == b])]
+    check(len(other) == 1, f'there must be VLMs of {a} and {b} with one language model besides that of the preset, and there are {", ".join(other) or "none"}: the study llm has them')
     t = {(l, o): of_vlms(r, o, protocol, l) for l in ('', *other) for o in (a, b)}
     seeds = sorted(set.intersection(*map(set, t.values())))
     check(seeds, f'answers of {a} and {b} with both language models, {other[0]} and that of the preset, have no seed in common')
-    return np.array([[[t[l, o][s] for o in (a, b)] for l in ('', *other)] for s in seeds])
+    v = np.array([[[t[l, o][s] for o in (a, b)] for l in ('', *other)] for s in seeds])
+    return v if general(r, v[:, 0] - v[:, 1], aggregation).value >= 0 else v[:, ::-1]
 
-def llm_gain(r, a='clip', b='dino', protocol='calibrated', aggregation='twenty')->Effect:
-    "General group: what both objectives' VLMs answer more with the preset's language model than with the other"
-    v = language_models(r, a, b, protocol).mean(2)
-    return on_average(r, GROUPS['General'], v[:, 0] - v[:, 1], aggregation)
+def general(r, values, aggregation)->Effect: # (seeds, ..., n)
+    "The General group, on average over what is between seeds and questions"
+    return on_average(r, GROUPS['General'], values.reshape(len(values), -1, values.shape[-1]).mean(1), aggregation)
 
-@claim('8', 'The gap in general questions grows with a better language model', 'wider with Qwen2-7B than with Vicuna-7B', 1, differ=llm_gain)
+def is_better(r, a='clip', b='dino', protocol='calibrated', aggregation='twenty')->dict: # of `Claim.presumes`
+    "That one language model is better for both objectives' VLMs, and the other good for something"
+    v = language_models(r, a, b, protocol, aggregation)
+    return {f'{o} not shown to answer more with one of them': general(r, v[:, 0, k] - v[:, 1, k], aggregation) for k, o in enumerate((a, b))} | {
+            f'{o} not shown above chance with both': general(r, v[:, 1, k] - 1/len(LETTERS), aggregation) for k, o in enumerate((a, b))}
+
+@claim('8', 'The gap in general questions grows with a better language model', 'wider with Qwen2-7B than with Vicuna-7B', 1, presumes=is_better)
 def language_model(r, a='clip', b='dino', protocol='calibrated', aggregation='twenty')->Effect:
-    "General group: the gap with the better of two language models, the one with which both objectives' VLMs answer more, less the gap with the other (the paper, appendix C)"
-    v = language_models(r, a, b, protocol)
-    gaps, sign = v[:, :, 0] - v[:, :, 1], 1 if llm_gain(r, a, b, protocol, aggregation).value > 0 else -1
-    return on_average(r, GROUPS['General'], sign*(gaps[:, 0] - gaps[:, 1]), aggregation)  # seed by seed and question by question, as one gap shares encoders and questions with the other
+    "General group: the gap with the better of two language models less the gap with the other (the paper, appendix C)"
+    v = language_models(r, a, b, protocol, aggregation)
+    gaps = v[:, :, 0] - v[:, :, 1]
+    return general(r, gaps[:, 0] - gaps[:, 1], aggregation)  # seed by seed and question by question, as one gap shares encoders and questions with the other
 
 # %% ../nbs/07_study.ipynb #a054b88f
 MARGIN, ALPHA = 2., .05  # points that count as no difference; level of all tests
 
 def two_sided(e:Effect)->float:
     "The p-value of an effect being 0"
-    return min(1., 2*min(e.above(0), 1 - e.above(0)))
+    return min(1., 2*min(e.above(0), e.below(0)))
 
 def outcome(e:Effect, sign:int)->tuple: # -> p-value, what it would show
     "The test of a claim"
     if sign: return two_sided(e), 'replicated' if e.value*sign > 0 else 'reversed'
-    same, other = max(e.above(-MARGIN), 1 - e.above(MARGIN)), min(1., 2*min(e.above(MARGIN), 1 - e.above(-MARGIN)))
+    same, other = max(e.above(-MARGIN), e.below(MARGIN)), min(1., 2*min(e.above(MARGIN), e.below(-MARGIN)))
     return (same, 'replicated') if same <= other else (other, 'reversed')
 
 def judge(r:Results, **how)->pd.DataFrame: # arguments of the claims; those claims are judged that have them
@@ -448,8 +470,8 @@ def judge(r:Results, **how)->pd.DataFrame: # arguments of the claims; those clai
                 rows.append(dict(row, effect=e.value, unit=e.unit, seeds=1, verdict='incomplete', why='one seed has no interval; it takes at least two, and better three'))
                 continue
             (low, high), (p, shows) = e.interval(), outcome(e, c.sign)
-            rows.append(dict(row, effect=e.value, low=low, high=high, unit=e.unit, seeds=len(e.seeds), p=p, verdict=shows, floor=floor))
-    t = pd.DataFrame(rows).reindex(columns=['claim', 'says', 'paper', 'effect', 'low', 'high', 'unit', 'seeds', 'p', 'verdict', 'floor', 'why'])
+            rows.append(dict(row, effect=e.value, low=low, high=high, unit=e.unit, seeds=len(e.seeds), each=', '.join(f'{v:+.3g}' for v in e.seeds), p=p, p_at_0=outcome(replace(e, value=0.), 0)[0] if c.sign == 0 else math.nan, verdict=shows, floor=floor))
+    t = pd.DataFrame(rows).reindex(columns=['claim', 'says', 'paper', 'effect', 'low', 'high', 'unit', 'seeds', 'each', 'p', 'p_at_0', 'verdict', 'floor', 'why'])
     done = t.p.notna()
     if done.any(): t.loc[done, 'p'] = multipletests(t.p[done], ALPHA, 'holm')[1]
     t.loc[done & (t.p >= ALPHA), 'verdict'] = 'inconclusive'
@@ -556,6 +578,7 @@ if __name__ == '__main__' and '__file__' in globals():  # as a program; in a not
 LINES = {'linear probe': dict(objects='object', words='word', colour='colour', style='style'), 'VLM': dict(OCR=list(GROUPS['OCR']), Vision=list(VISION), all=list(CATEGORIES))}  # what is followed: tasks, or data sets of questions
 LINE_COLOURS = dict(objects='C0', words='C1', colour='C3', style='C4', OCR='C1', Vision='C2', all='k')
 VARIED = dict(images='distinct images', captions='captions', samples='images seen by CLIP, DINO at its end', stage1_samples='captions seen in stage 1', stage2_samples='conversations seen in stage 2', connector='connector', llm='language model')  # setting -> what figures call it
+ONLY_CLIP = 'captions', 'samples'  # which DINO's runs do not vary with
 
 def runs_of(r:Results, how:str)->pd.DataFrame: return r.answers[~r.answers.blind] if how == 'VLM' else r.probe
 
@@ -566,11 +589,14 @@ def values_of(r:Results, key:str, how:str, a:str)->dict: # a setting -> value: v
     return {str(getattr(own, key)): '', **{k: found[k] for k in (POLICIES if key == 'captions' else found) if k in found}}
 
 def along(r:Results, key:str, how:str='VLM', a:str='clip', b:str='dino', **choice)->pd.DataFrame: # one of `LINES`
-    "The gap between two objectives along a setting, in tasks of linear probes or in groups of VLMs' questions, over the seeds that both have"
-    rows, runs = [], runs_of(r, how)
+    "The gap between two objectives along a setting, in tasks of linear probes or in groups of VLMs' questions, over the seeds that all its values have"
+    runs, found = runs_of(r, how), {}
     for value, variant in values_of(r, key, how, a).items():
-        v = {a: variant, b: variant if ((runs.objective == b) & (runs.variant == variant)).any() else ''}
-        seeds = sorted(set.intersection(*(set(runs.seed[(runs.objective == o) & (runs.variant == v[o])]) for o in (a, b))))
+        v = {a: variant, b: '' if key in ONLY_CLIP else variant}
+        seeds = set.intersection(*(set(runs.seed[(runs.objective == o) & (runs.variant == v[o])]) for o in (a, b)))
+        if seeds: found[value] = v, seeds
+    seeds, rows = sorted(set.intersection(*(s for _, s in found.values()))) if found else [], []
+    for value, (v, _) in found.items():
         for line, what in LINES[how].items() if seeds else ():
             e = (answered if how == 'VLM' else probed)(r, what, a, b, variants=v, seeds=seeds, **choice)
             rows.append(dict(value=value, line=line, effect=e.value, low=e.interval()[0], high=e.interval()[1], seeds=len(seeds)))

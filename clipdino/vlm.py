@@ -7,8 +7,8 @@ __all__ = ['CONNECTORS', 'SMOKE', 'SMALL', 'PAPER', 'PRESET', 'SOURCES', 'WORLD_
            'Tower', 'renamed', 'as_vit', 'as_clip', 'tower_tokens', 'agrees', 'own_tower', 'tower_of', 'Resampler',
            'Pool', 'make_connector', 'ConnectorConfig', 'ConnectorLlava', 'open_llm', 'seeded', 'picture_tokens',
            'lm_keys', 'text_logits', 'make_vlm', 'make_processor', 'save_vlm', 'make_chats', 'Seen', 'Reader', 'rate',
-           'in_one', 'whole_state', 'shard_reader', 'Stage', 'Parts', 'Held', 'check_inputs', 'finish', 'stages_of',
-           'train', 'train_vlm', 'main', 'show_training', 'show_val']
+           'in_one', 'whole_state', 'shard_reader', 'Trained', 'Stage', 'Parts', 'Held', 'check_inputs', 'finish',
+           'stages_of', 'train', 'train_vlm', 'main', 'show_training', 'show_val']
 
 # %% ../nbs/05_vlm.ipynb #2e9d86e1
 import math, os, shutil, time
@@ -38,7 +38,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from .chat import AnyQuestions, Batches, Form, LlavaJson, WorldCaptions, expand, template_of
+from .chat import TEMPLATES, AnyQuestions, Batches, Form, LlavaJson, WorldCaptions, expand, template_of
 from .core import Metrics, PRESETS, Progress, Settings, check, digest, environment, generator, in_test, injected, one_of, run_dir, say, sync, theme, write_json, writing
 from .encoders import Encoder, HFEncoder, OpenClipEncoder, TimmEncoder, folder_of, load_encoder, reading
 from .lm import settings as lm_settings, small_lm
@@ -57,7 +57,7 @@ class VLMRun(Settings):
     "Settings of one VLM"
     preset: str = 'mini'  # smoke, mini, small or paper
     encoder: str = 'clip-mini-s0'  # run folder, timm name, hf:..., open_clip:..., random:..., or a file
-    llm: str = 'world'  # the embedded language model, which reads what the world says (world:narrow is half as wide), or a causal LM of transformers: folder or hub name
+    llm: str = 'world'  # the embedded language model, which reads what the world says (world:half has read half as much), or a causal LM of transformers: folder or hub name
     name: str = ''  # the run's folder under runs/; empty means vlm- and the encoder's name
     seed: int = 0  # seeds connector, adapters and order
     # data
@@ -102,7 +102,9 @@ class VLMRun(Settings):
         for f, allowed in dict(preset=PRESETS, connector=CONNECTORS, captions=POLICIES, answers=('letter', 'text', 'both'), precision=('auto', 'fp32', 'bf16'), tracker=('', 'tensorboard', 'wandb')).items(): one_of(f, getattr(self, f), allowed)
         for f, low in dict(seed=0, canvas=16, image_tokens=0, lora=0, stage1_samples=0, stage1_batch=1, stage2_samples=0, stage2_batch=1, context=8, questions=0, micro=0, processes=0, save_every=1).items():
             check(getattr(self, f) >= low, f'{f}={getattr(self, f)} must be at least {low}')
-        for f in ('stage1_lr', 'stage2_lr', 'lm_lr', 'weight_decay', 'clip_grad'): check(0 <= getattr(self, f) < math.inf, f'{f}={getattr(self, f)} must be a finite number, 0 or above')
+        for f in ('stage1_lr', 'stage2_lr', 'lm_lr', 'weight_decay'): check(0 <= getattr(self, f) < math.inf, f'{f}={getattr(self, f)} must be a finite number, 0 or above')
+        check(self.clip_grad > 0, f'clip_grad={self.clip_grad} must be above 0; inf does not clip')
+        one_of('template', self.template, (*TEMPLATES, ''))
         for f in ('warmup', 'max_bad'): check(0 <= getattr(self, f) <= 1, f'{f}={getattr(self, f)} must be from 0 to 1')
         check(0 <= self.beta2 < 1, f'beta2={self.beta2} must be at least 0 and below 1')
         check(self.layer != 0, 'layer=0 is none: blocks count from 1, or from -1 backwards')
@@ -129,7 +131,7 @@ def settings(preset:str='mini', **given)->VLMRun:
 
 # %% ../nbs/05_vlm.ipynb #2cf9980e
 class TowerConfig(PreTrainedConfig):
-    "A timm model as a vision tower"
+    "A model of timm, or one of transformers that LLaVA has no way to read, as a vision tower"
     model_type = 'clipdino_tower'
     def __init__(self, arch:str='vit_tiny_patch16_224', args:dict|None=None, layer:int=-2, image_size:int=224, patch_size:int=16, hidden_size:int=192, num_hidden_layers:int=12, **kw):
         self.arch, self.args, self.layer, self.image_size, self.patch_size, self.hidden_size, self.num_hidden_layers = arch, args or {}, layer, image_size, patch_size, hidden_size, num_hidden_layers
@@ -140,13 +142,15 @@ class Tower(PreTrainedModel):
     config_class, base_model_prefix, main_input_name = TowerConfig, 'net', 'pixel_values'
     def __init__(self, config:TowerConfig):
         super().__init__(config)
-        self.net = timm.create_model(config.arch, **config.args)
+        self.net = timm.create_model(config.arch, **config.args) if config.arch else AutoModel.from_config(AutoConfig.for_model(**config.args))
+        if getattr(self.net, 'pooler', None) is not None: self.net.pooler = None  # of a feature that is not read
         self.post_init()
     def _init_weights(self, module): # are timm's own; but tables that are computed and not saved must be made again after loading
         if hasattr(module, 'init_non_persistent_buffers'): module.init_non_persistent_buffers()
     @property
     def encoder(self)->Encoder:
-        if '_encoder' not in self.__dict__: self.__dict__['_encoder'] = TimmEncoder('tower', self.net, self.config.image_size, (0,)*3, (1,)*3)  # hidden, or its weights would be listed twice
+        kind = TimmEncoder if self.config.arch else HFEncoder
+        if '_encoder' not in self.__dict__: self.__dict__['_encoder'] = kind('tower', self.net, self.config.image_size, (0,)*3, (1,)*3)  # hidden, or its weights would be listed twice
         return self.__dict__['_encoder']
     def forward(self, pixel_values, **_):
         (cls, patches), = self.encoder.tokens(pixel_values, (self.config.layer,))
@@ -207,20 +211,19 @@ def agrees(tower:nn.Module, e:Encoder, layer:int)->bool:
     theirs = tower_tokens(tower.eval(), x, layer)
     return ours.shape == theirs.shape and bool((ours - theirs).abs().max() < 1e-3*ours.abs().max())
 
-def own_tower(e:TimmEncoder, layer:int)->Tower:
-    "The tower that holds timm's model itself"
-    cfg = e.model.pretrained_cfg
-    args = dict(num_classes=0)
-    if hasattr(e.model, 'patch_embed') and e.classed: args |= dict(img_size=e.size, dynamic_img_size=True)
-    tower = Tower(TowerConfig(cfg['architecture'], args, layer, e.size, e.size//e.grid[0], e.dim, e.depth))
-    tower.net.load_state_dict(e.model.state_dict())
+def own_tower(e:TimmEncoder|HFEncoder, layer:int)->Tower:
+    "The tower that holds the encoder's model itself"
+    arch, args = ('', e.model.config.to_dict()) if isinstance(e, HFEncoder) else (e.model.pretrained_cfg['architecture'], dict(num_classes=0))
+    if arch and hasattr(e.model, 'patch_embed') and e.classed: args |= dict(img_size=e.size, dynamic_img_size=True)
+    tower = Tower(TowerConfig(arch, args, layer, e.size, e.size//e.grid[0], e.dim, e.depth))
+    tower.net.load_state_dict({k: v for k, v in e.model.state_dict().items() if not k.startswith('pooler.')})
     return tower
 
 def tower_of(e:Encoder, layer:int)->PreTrainedModel:
     "The encoder as a vision tower: transformers' own where one gives the same, else ours"
     check(abs(layer) <= e.depth, f'layer={layer} is not there: {e.name} has layers 1 to {e.depth}, or -{e.depth} to -1 from the end')
     e = e.cpu()
-    makers = {HFEncoder: [lambda: e.model], OpenClipEncoder: [lambda: as_clip(e)], TimmEncoder: [lambda: as_vit(e), lambda: own_tower(e, layer)]}
+    makers = {HFEncoder: [lambda: e.model, lambda: own_tower(e, layer)], OpenClipEncoder: [lambda: as_clip(e)], TimmEncoder: [lambda: as_vit(e), lambda: own_tower(e, layer)]}
     for make in next(m for kind, m in makers.items() if isinstance(e, kind)):
         why = 'other tokens'
         try:
@@ -371,9 +374,9 @@ class Seen:
     "The patch tokens of pictures"
     def __init__(self, e:Encoder, pictures, run:VLMRun):
         self.e, self.pictures, self.layer = e, pictures, run.layer
-        self.rows = features(e, pictures, patch_tokens, run.layer) if run.cached else None
+        self.rows = features(e, pictures, patch_tokens, run.layer, dtype='float16' if precision_of(run) == 'bf16' else 'float32') if run.cached else None
     def __call__(self, ids:np.ndarray)->torch.Tensor: # -> (K, N, D)
-        if self.rows is not None: return torch.from_numpy(np.asarray(self.rows[ids]))
+        if self.rows is not None: return torch.from_numpy(self.rows[ids].astype(np.float32))
         if not len(ids): return torch.empty(0, math.prod(self.e.grid), self.e.dim)
         return patch_tokens(self.e, self.e.prepare(self.pictures.batch(ids, self.e.size)), self.layer).clone()  # what inference mode made can't be trained on
 
@@ -390,11 +393,10 @@ class Reader(nn.Module):
         if len(tokens): return x.masked_scatter(image[..., None], self.connector(tokens).to(x.dtype))
         return x + 0*sum(p.sum() for p in self.connector.parameters())  # processes that train together must all use it
     def logits(self, h): return h @ self.lm.get_input_embeddings().weight.T if self.tied else self.head(h)
-    def forward(self, ids, mask, image, targets, tokens)->torch.Tensor:
-        "Sum of the cross-entropies of all targets"
-        h = self.lm(inputs_embeds=self.embed(ids, image, tokens), attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
-        at = targets[:, 1:] >= 0
-        return F.cross_entropy(self.logits(h[at]).float(), targets[:, 1:][at], reduction='sum')
+    def forward(self, ids, image, tokens, at, targets)->torch.Tensor: # (T,) positions among all B*L, and which tokens come next
+        "Sum of the cross-entropies of all targets. Nothing is masked: what is padded stands at the right, where no target sees it"
+        h = self.lm(inputs_embeds=self.embed(ids, image, tokens), use_cache=False).last_hidden_state.flatten(0, 1)
+        return F.cross_entropy(self.logits(h[at]).float(), targets, reduction='sum')
 
 def rate(done:float, warmup:float)->float:
     "The learning rate after a share of a stage, relative to its peak: linear, then a cosine down to 0"
@@ -412,11 +414,20 @@ def whole_state(x, keep:bool)->dict: # a module or an optimiser; whether this pr
 
 def shard_reader(reader:nn.Module, acc):
     "Split the reader's weights over the processes, layer by layer"
+    reader.__dict__.pop('forward', None)  # accelerate's, of stage 1, whose autocast would keep all weights in bf16
     mesh = init_device_mesh(acc.device.type, (acc.num_processes,))
     for layer in layers_of(reader.lm): fully_shard(layer, mesh=mesh)
     fully_shard(reader, mesh=mesh)
 
 # %% ../nbs/05_vlm.ipynb #55c9ef02
+class Trained:
+    "Those weights of a module that are trained, as a module that can be saved: with adapters, few"
+    def __init__(self, module:nn.Module): self.module, self.names = module, {n for n, v in module.named_parameters() if v.requires_grad}
+    def state_dict(self)->dict: return {k: v for k, v in self.module.state_dict().items() if k in self.names}
+    def load_state_dict(self, state:dict):
+        check(set(state) == self.names, f'a saved state has other weights than those trained here, as {sorted(set(state) ^ self.names)[0]}')
+        self.module.load_state_dict(state, strict=False)
+
 class Stage:
     "One stage: what is trained, on which batches, from which state"
     def __init__(self, p:'Parts', k:int):
@@ -430,7 +441,7 @@ class Stage:
         p.reader.to('cpu' if self.sharded else p.acc.device)  # the whole with its moments may be more than a GPU has
         self.opt = self._optimiser()
         self.folder = p.folder/f'stage{k}'
-        self.trained = p.reader.connector if k == 1 else p.reader
+        self.trained = p.reader.connector if k == 1 else Trained(p.reader)
         on_main(p.acc, self._tidy)
         self.step = load_state(self.folder, self.trained, self.opt)
         agree(p.acc, steps=self.step)
@@ -460,21 +471,21 @@ class Stage:
         for left in self.folder.glob('.*'): left.unlink()  # of a process that was killed while it saved
 
     def parts(self, step:int)->list:
-        "What this process has of a step, with its patch tokens"
+        "What this process has of a step, with its patch tokens; all that decides shapes is found here, so that a GPU need not be waited for"
         p, made = self.p, []
         for b in self.batches.micro(step, p.run.micro or p.run.of(self.k, 'batch'), p.acc.process_index, p.acc.num_processes):
-            b['tokens'] = self.seen(b.pop('pictures').numpy()[b['image'].any(1).numpy()])
-            made.append(b)
+            b['targets'][:, 0] = -100  # nothing comes before it
+            at = (b['targets'].flatten()[1:] >= 0).nonzero()[:, 0]
+            t = dict(ids=b['ids'], image=b['image'], tokens=self.seen(b['pictures'].numpy()[b['image'].any(1).numpy()]), at=at, targets=b['targets'].flatten()[at + 1])
+            made.append(({k: v.pin_memory() if p.acc.device.type == 'cuda' else v for k, v in t.items()}, b['n_targets']))
         return made
 
     def gradients(self, parts:list):
         "This process's part of the loss, with gradients of the whole"
         acc, model, total = self.p.acc, self.model, 0.
-        for j, b in enumerate(parts):
-            b, n = {k: v.to(acc.device) for k, v in b.items() if torch.is_tensor(v)}, b['n_targets']
-            last = j == len(parts) - 1
-            if isinstance(model, FSDPModule): model.set_requires_gradient_sync(last)
-            with nullcontext() if last else acc.no_sync(model):
+        for j, (b, n) in enumerate(parts):
+            b = {k: v.to(acc.device, non_blocking=True) for k, v in b.items()}
+            with nullcontext() if j == len(parts) - 1 or self.sharded else acc.no_sync(model):  # split gradients are summed after each part, or each process would hold all of them
                 with acc.autocast(AutocastKwargs(cache_enabled=not self.sharded)): loss = model(**b)/n  # what it kept of split weights would be the whole model
                 acc.backward(loss*acc.num_processes)  # whose gradients are averaged
             total = total + loss.detach()
@@ -489,14 +500,14 @@ class Stage:
             self.settled = True
         total = self.gradients(parts)
         norm = in_one(nn.utils.clip_grad_norm_([v for g in self.opt.param_groups for v in g['params']], self.p.run.clip_grad))
-        loss = float(acc.reduce(total, 'sum') if acc.num_processes > 1 else total)
-        if not math.isfinite(loss) or not math.isfinite(float(norm)):
-            raise NonFinite(f'stage {self.k}, step {self.step}: loss {loss:g}, gradient norm {float(norm):g}; no weight was changed. Its conversations: {", ".join(map(str, self.batches.plan(self.step)[:8]))} ...')
+        loss, norm = torch.stack([acc.reduce(total, 'sum') if acc.num_processes > 1 else total, norm.to(total.dtype)]).tolist()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise NonFinite(f'stage {self.k}, step {self.step}: loss {loss:g}, gradient norm {norm:g}; no weight was changed. Its conversations: {", ".join(map(str, self.batches.plan(self.step)[:8]))} ...')
         for g in self.opt.param_groups: g['lr'] = self.p.run.of(self.k, 'lr')*g['scale']*rate((self.step + 1)/self.steps, self.p.run.warmup)
         self.opt.step()
         self.opt.zero_grad()
         self.step += 1
-        return dict(loss=loss, grad_norm=float(norm))
+        return dict(loss=loss, grad_norm=norm)
 
     def save(self):
         main = self.p.acc.is_main_process
@@ -531,9 +542,9 @@ class Parts:
         self.run, self.folder, self.acc, self.environment = run, folder, acc, environment()
         self.encoder = load_encoder(run.encoder, acc.device)
         self.fingerprint = self.encoder.fingerprint  # before it becomes part of the VLM
-        self.chats = [make_chats(run, k, self.encoder.mean) for k in (1, 2)]
         self.build()
         self.processor = make_processor(run, self.encoder, self.tokenizer)
+        self.chats = [make_chats(run, k, self.encoder.mean) for k in (1, 2)]  # after all that may be refused: every picture is looked at
         self.batches = [Batches(c, self.tokenizer, picture_tokens(run, self.encoder), run.of(k, 'batch'), run.seed, run.context, plain=k == 1, template=run.template) for k, c in enumerate(self.chats, 1)]
         data = digest(self.fingerprint, tensors_digest({k: v.cpu() for k, v in self.reader.state_dict().items() if not k.startswith('connector.')}), *(b.fingerprint for b in self.batches))
         agree(acc, data=data)
@@ -616,6 +627,7 @@ def check_inputs(run:VLMRun):
         check(samples == 0 or samples >= batch, f'stage{k}_samples={samples} must be at least one batch, {batch}, or 0 for every row once')
         check(spec != '', f'stage{k}_data is empty: give data in LLaVA\'s format as JSON:FOLDER, or world')
         check(spec == 'world' or spec.rpartition(':')[0] != '', f'stage{k}_data={spec!r} is neither world nor JSON:FOLDER, a list of conversations and the folder of its pictures')
+        if spec != 'world': LlavaJson.places(*spec.rpartition(':')[::2])
 
 def finish(p:Parts, stages:list, begun:float)->dict:
     "Save the VLM and write the result; last of all, so that a result means a complete run"

@@ -60,7 +60,7 @@ class Score(Settings):
     max_new_tokens: int = 16
     against: str = ''  # a finished scoring run to compare with, question by question
     device: str = 'auto'
-    precision: str = 'auto'  # fp32 or bf16; auto is bf16 on a GPU
+    precision: str = 'auto'  # fp32 or bf16; auto is bf16 for models of a billion weights and more on a GPU
 
     def __post_init__(self):
         super().__post_init__()
@@ -100,14 +100,15 @@ def load_vlm(name:str|Path, device='cpu', precision:str='auto')->VLM: # a run, o
     if folder is not None:
         check((folder/'config.json').exists(), f'{folder} holds no finished vision-language model: it has no config.json')
         check((folder/'result.json').exists() or not (folder/'settings.json').exists(), f'the run {folder.name} is not finished: it has no result.json')
-    half = precision == 'bf16' or precision == 'auto' and torch.device(device).type == 'cuda'
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(folder or name, dtype=torch.bfloat16 if half else torch.float32, use_safetensors=True, output_loading_info=True)
+        model, info = AutoModelForImageTextToText.from_pretrained(folder or name, dtype='auto', use_safetensors=True, output_loading_info=True)
         processor = AutoProcessor.from_pretrained(folder or name)
     except (OSError, ValueError, SafetensorError) as e:
         raise SettingsError(f'vlm={name!r} is no run, folder or hub name of an image-text-to-text model that can be opened here ({str(e).strip().splitlines()[0][:200]})') from None
     lacks = sorted(info['missing_keys'])  # transformers would make them up
     check(not lacks, f'{name} lacks {len(lacks)} of its weights, {lacks[:1]} among them')
+    half = precision == 'bf16' or precision == 'auto' and torch.device(device).type == 'cuda' and model.num_parameters() >= 1e9  # in which letters of a small model would often be level
+    model = model.to(torch.bfloat16 if half else torch.float32)
     processor.chat_template = own_template(processor)
     check(processor.chat_template, f'the processor of {name} has no chat template, so nobody can know how it wants to be asked')
     tokenizer, own = processor.tokenizer, model.generation_config

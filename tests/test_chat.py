@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 import clipdino.chat as chat
-from clipdino.chat import AnyQuestions, Batches, Chats, LlavaJson, Mixed, TEMPLATES, WorldCaptions, render
+from clipdino.chat import AnyQuestions, Batches, Chats, LlavaJson, TEMPLATES, WorldCaptions, render
 from clipdino.core import SettingsError
 from clipdino.data import BadData
 from clipdino.questions import Questions, prompt, squares
@@ -201,20 +201,6 @@ def test_questions_in_both_of_llavas_forms():
     assert all(0 < sum(letters[k::2]) < 20 for k in (0, 1)), 'each category has both forms'
     with pytest.raises(SettingsError, match="answers='words' is not one of letter, text, both"): AnyQuestions(q, 'words')
     with pytest.raises(SettingsError, match='the answer of question 0 is none of A, B, C, D'): AnyQuestions(some_questions(answer='E'))
-
-def test_several_sources_as_one(tmp_path):
-    q, c = some_questions(8), LlavaJson(*written(tmp_path, [row(), dict(conversations=said('a', 'b')), row('a/9.jpg')]), max_bad=.5)
-    m = Mixed([AnyQuestions(q), c, Lists([([('a', 'b')], 7)]), AnyQuestions(q, 'text')])
-    assert len(m) == 8 + 2 + 1 + 8 and [len(p) for p in m.pictures.parts] == [8, 1, 1000], 'the same pictures are held once'
-    assert [m.picture_id(i) for i in (0, 7, 8, 9, 10, 11, 18)] == [0, 7, 8, -1, 16, 0, 7]
-    assert m.turns(9) == [('a', 'b')] and m.turns(11) == AnyQuestions(q, 'text').turns(0) and m.missing == c.missing and list(m.unusable()) == c.bad
-    assert (m.pictures.batch([16, 8], 24)[0] == 7).all() and (m.pictures.batch([16, 8], 24)[1] == c.pictures.batch([0], 24)[0]).all()
-
-def test_sources_without_pictures(tmp_path):
-    c = LlavaJson(*written(tmp_path, [dict(conversations=said('a', 'b'))], ()))
-    m = Mixed([c, Lists([([('c', 'd')], 7)])])
-    assert len(c.pictures) == 0 and m.pictures.parts == [m.chats[1].pictures] and [m.picture_id(i) for i in (0, 1)] == [-1, 7]
-    assert len(Mixed([c]).pictures) == 0 and Mixed([c]).picture_id(0) == -1
 
 # ---- tokens
 

@@ -1,5 +1,6 @@
 "The small language model: made once, the same everywhere, whole or not at all, from text that is a function of its index."
-import os, random
+import math, os, random
+from dataclasses import replace
 from glob import glob
 
 import numpy as np
@@ -12,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import clipdino.lm as lm
 from clipdino.chat import MARK, Form
 from clipdino.core import SettingsError
-from clipdino.lm import FORMS, NAME, SIZES, Documents, SmallLM, batches, shuffled, small_lm, small_model, train_small, turn
+from clipdino.lm import FORMS, NAME, SIZES, Documents, SmallLM, batches, settings, shuffled, small_lm, small_model, train_small, turn
 from clipdino.questions import LETTERS, prompt
 from clipdino.vlm import check_inputs, open_llm, settings as vlm_settings
 from clipdino.world import NAMES, POSITIONS
@@ -38,10 +39,10 @@ def test_it_is_made_once(made, monkeypatch):
     assert small_lm('smoke') == made and {f.name: f.stat().st_mtime_ns for f in made.iterdir()} == before
     with pytest.raises(SettingsError, match="preset='huge' is not one of"): small_lm('huge')
 
-def test_one_half_as_wide(made, monkeypatch):
+def test_one_that_has_read_half_as_much(made, monkeypatch):
     monkeypatch.setenv('CLIPDINO_CACHE', str(made.parent))
-    llm, plain = open_llm('world:narrow', 'smoke')[0], AutoConfig.from_pretrained(made)
-    assert (2*llm.config.hidden_size, 2*llm.config.num_attention_heads, llm.config.num_hidden_layers) == (plain.hidden_size, plain.num_attention_heads, plain.num_hidden_layers)
+    llm, plain = open_llm('world:half', 'smoke')[0], AutoModelForCausalLM.from_pretrained(made)
+    assert llm.config.to_dict() == plain.config.to_dict() | dict(_name_or_path=llm.config._name_or_path) and not torch.equal(llm.lm_head.weight, plain.lm_head.weight)
     assert small_lm('smoke') == made
     with pytest.raises(SettingsError, match='world:tall is no language model'): check_inputs(vlm_settings('smoke', llm='world:tall'))
 
@@ -69,6 +70,16 @@ def test_any_of_several_processes_makes_it_whole(tmp_path, made):
     "transformers saves only on the first of a group"
     group(2, make_as_second, tmp_path)
     assert {f.name for f in (tmp_path/made.name).iterdir()} == {f.name for f in made.iterdir()}
+
+def test_a_gradient_that_is_not_finite_stops_it_before_it_is_saved(tmp_path, monkeypatch, tokenizer):
+    run = replace(settings('smoke'), docs=320)
+    def broken(*a):
+        (model := small_model(*a)).model.norm.weight.data.fill_(math.nan)
+        return model
+    with monkeypatch.context() as m:
+        m.setattr('clipdino.lm.small_model', broken)
+        with pytest.raises(SettingsError, match='does not train: its gradient is not finite at step 1'): train_small(run, tokenizer, folder=tmp_path, every=1)
+    assert not list(tmp_path.iterdir()) and all(v.isfinite().all() for v in train_small(run, tokenizer, folder=tmp_path, every=7).state_dict().values())
 
 def test_killed_while_it_is_written(tmp_path, made):
     "What was begun is no model, and is cleared away"

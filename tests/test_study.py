@@ -60,15 +60,15 @@ AS_THE_PAPER = dict(values={('clip', 'within families'): .7, ('clip', 'word'): .
 
 def test_what_the_paper_says_is_replicated(tmp_path):
     t = judged(tmp_path, **AS_THE_PAPER)
-    assert dict(t.verdict[['1', '2', '3', '4', '5', '6v']]) == dict.fromkeys(('1', '2', '3', '4', '5', '6v'), 'replicated')
-    assert t.effect['2'] == pytest.approx(10, abs=.6) and t.effect['3'] == pytest.approx(.75, abs=.02) and t.effect['4'] == pytest.approx(-.2, abs=.01)
+    assert dict(t.verdict[['1', '2', '3o', '3c', '4', '5', '6v']]) == dict.fromkeys(('1', '2', '3o', '3c', '4', '5', '6v'), 'replicated')
+    assert t.effect['2'] == pytest.approx(10, abs=.6) and (t.effect['3o'], t.effect['3c']) == (pytest.approx(.2, abs=.02), pytest.approx(-.55, abs=.02)) and t.effect['4'] == pytest.approx(-.2, abs=.01)
     assert t.verdict['8'] == 'incomplete' and 'there are none: the study llm has them' in t.why['8']
     assert (t.low[t.effect.notna()] < t.effect.dropna()).all() and set(t.seeds.dropna()) == {3}
 
 def test_the_opposite_is_reversed(tmp_path):
     swapped = dict(values={(dict(clip='dino', dino='clip')[o], k): v for (o, k), v in AS_THE_PAPER['values'].items()} | {('dino', 'object'): .7}, answers=dict(clip=AS_THE_PAPER['answers']['dino'], dino=AS_THE_PAPER['answers']['clip']))
     t = judged(tmp_path, **swapped)
-    assert dict(t.verdict[['1', '2', '3', '4', '5', '6v']]) == dict.fromkeys(('1', '2', '3', '4', '5', '6v'), 'reversed')
+    assert dict(t.verdict[['1', '2', '3o', '3c', '4', '5', '6v']]) == dict.fromkeys(('1', '2', '3o', '3c', '4', '5', '6v'), 'reversed')
 
 def test_seeds_that_disagree_leave_it_open(tmp_path):
     t = judged(tmp_path, values=AS_THE_PAPER['values'], spread=.3)
@@ -84,7 +84,7 @@ def test_encoders_that_learned_nothing_are_not_compared(tmp_path):
 def test_choices_that_are_not_a_claims_are_empty(tmp_path):
     t = sensitivity(Results('mini', write(tmp_path, **AS_THE_PAPER)))
     assert list(t.columns) == list(CLAIMS) and t.loc['20 nearest neighbours', '5'] == '' and 'replicated' in t.loc['20 nearest neighbours', '2'] and t.loc['class token alone', '2'] == t.loc['equal accuracy', '2'] == 'incomplete'
-    assert 'replicated' in t.loc['generated answers', '5'] and t.loc['generated answers', '3'] == ''
+    assert 'replicated' in t.loc['generated answers', '5'] and t.loc['generated answers', '3o'] == ''
 
 def test_matched_by_accuracy(tmp_path):
     "CLIP is far ahead at the end; stopped where it classifies like DINO it is no better within families, and the run that was stopped later is not taken"
@@ -92,7 +92,7 @@ def test_matched_by_accuracy(tmp_path):
     values = {('dino', 'object'): .5, ('dino', 'within families'): .3, (early, 'object'): .5, (early, 'within families'): .3, (late, 'object'): .7, (late, 'within families'): .5}
     r = Results('mini', write(tmp_path, values, {early: lambda c: .6}, more=[('clip', early), ('clip', late)], spread=.001))
     samples, accuracy = (judge(r, matching=m).set_index('claim') for m in ('samples', 'accuracy'))
-    assert like(r, 'clip', 'dino') == early and list(accuracy.index) == ['1', '2', '3', '4', '5', '6', '6v']
+    assert like(r, 'clip', 'dino') == early and list(accuracy.index) == ['1', '2', '3o', '3c', '4', '5', '6', '6v']
     assert dict(samples.verdict[['1', '2']]) == {'1': 'reversed', '2': 'replicated'} and samples.effect['1'] == pytest.approx(30, abs=1)
     assert accuracy.verdict['1'] == 'replicated' and accuracy.effect['2'] == pytest.approx(0, abs=1) and accuracy.verdict['2'] == 'inconclusive' and 'incomplete' not in set(accuracy.verdict)
     tables = judgements(r)
@@ -122,6 +122,32 @@ def test_the_gap_along_a_setting(tmp_path):
     one = [along(Results('mini', write(tmp_path, more=[('clip', 'captions=no-text')], drop=[(o, s) for o in OBJECTIVES for s in (1, 2)])), 'captions', how) for how in ('VLM', 'linear probe')]
     for t in one: assert set(t.seeds) == {1} and (t.low < t.effect).all() and (t.effect < t.high).all(), 'of one seed, over pictures or questions alone'
 
+def test_a_setting_is_followed_in_the_seeds_that_all_its_values_have(tmp_path):
+    "And where an objective lacks a value, its main runs do not stand in for it"
+    def less(folder, without): (t := read_table(folder/'vmcbench_mini.csv'))[~t.run.isin(without)].to_csv(folder/'vmcbench_mini.csv', index=False)
+    few, fewer = 'images=12288', 'images=3072'
+    write(tmp_path, **AS_THE_PAPER, more=[(o, v) for o in ('clip', 'dino') for v in (few, fewer)])
+    less(tmp_path, [f'vmcbench-dino-{s}-{few}' for s in (1, 2)])
+    assert (t := along(Results('mini', tmp_path), 'images')).value.nunique() == 3 and set(t.seeds) == {1}
+    less(tmp_path, [f'vmcbench-dino-0-{few}'])
+    assert set((t := along(Results('mini', tmp_path), 'images')).value) == {'49152', '3072'} and set(t.seeds) == {3}
+
+def test_scorings_of_fewer_questions_or_in_one_way_stand_beside_the_others(tmp_path):
+    write(tmp_path, **AS_THE_PAPER)
+    before = judge(Results('mini', tmp_path))
+    runs, told = (read_table(tmp_path/f'{k}_mini.csv') for k in ('runs', 'vmcbench'))
+    pilot = told[told.run == 'vmcbench-clip-0-']
+    for more, variant in (dict(fingerprint='f', **{k: pilot[k].str[:100] for k in ('letter', 'likely', 'calibrated')}), 'limit=100'), (dict(likely='', calibrated=''), 'how=generate'):
+        pd.concat([told, pilot.assign(run='pilot', **more)]).to_csv(tmp_path/'vmcbench_mini.csv', index=False)
+        row = runs[runs.run == 'vmcbench-clip-0-'].assign(run='pilot', **dict(variant=variant, settings=variant) if variant == 'limit=100' else {})
+        pd.concat([runs, row]).to_csv(tmp_path/'runs_mini.csv', index=False)
+        assert judge(Results('mini', tmp_path)).equals(before), variant
+    told.loc[told.run == 'vmcbench-clip-0-', ['likely', 'calibrated']] = ''
+    told.to_csv(tmp_path/'vmcbench_mini.csv', index=False)
+    runs.to_csv(tmp_path/'runs_mini.csv', index=False)
+    t = judge(Results('mini', tmp_path), protocol='generate').set_index('claim')
+    assert t.verdict['5'] == 'replicated' and 'clip has the seeds [1, 2]' in judge(Results('mini', tmp_path)).set_index('claim').why['5']
+
 def test_kinds_of_tasks_beside_each_other(tmp_path):
     "Those without runs are left out: here there are probes of five tasks only, and no encoders that were stopped early"
     r = Results('mini', write(tmp_path, **AS_THE_PAPER))
@@ -134,7 +160,7 @@ def test_what_claims_say_in_words(tmp_path):
     tables = judgements(r)
     assert re.fullmatch(r'- \*\*CLIP is better within families of classes\*\* \(claim 2; the paper: .+\)\. Equal samples: \+(9|10)\.\d points \[\+\d+\.\d,\s\+\d+\.\d\], \*replicated\* \(p\s<\s\.001\); Equal accuracy: \*incomplete\* \(there are no runs of clip .+\)\.', told(tables, '2').data)
     v = verdicts(tables)
-    assert list(v['']) == list(CLAIMS) and set(v['equal accuracy']) == {'incomplete', ''} and v['equal samples'][3].startswith('-0.20 [')
+    assert list(v['']) == list(CLAIMS) and set(v['equal accuracy']) == {'incomplete', ''} and v['equal samples'][4].startswith('-0.20 [')
     t = show_moves(r)
     assert list(t.columns) == ['factor', 'clip', 'dino', 'untrained', 'CLIP minus DINO', 'DINO minus untrained'] and list(t.factor) == ['object', 'word', 'colour', 'style']
     for a, b, column in ('clip', 'dino', 'CLIP minus DINO'), ('dino', 'untrained', 'DINO minus untrained'): assert [float(v.split()[0]) for v in t[column]] == pytest.approx([d.mean() for d, _ in moves(r, a, b).values()], abs=.006)
@@ -167,7 +193,7 @@ def test_results_on_real_sets_come_first(tmp_path):
 def test_questions_of_several_sets_are_not_mixed(tmp_path):
     folder = write(tmp_path)
     t, q = (read_table(folder/f'{k}_mini.csv') for k in ('vmcbench', 'questions'))
-    pd.concat([t, t.assign(questions='dev', fingerprint='d', calibrated=t.calibrated.str[:100])]).to_csv(folder/'vmcbench_mini.csv', index=False)
+    pd.concat([t, t.assign(questions='dev', fingerprint='d', **{k: t[k].str[:100] for k in ('letter', 'likely', 'calibrated')})]).to_csv(folder/'vmcbench_mini.csv', index=False)
     pd.concat([q, q[:100].assign(questions='dev', fingerprint='d')]).to_csv(folder/'questions_mini.csv', index=False)
     with pytest.raises(SettingsError, match=f"answered the questions dev and {QUESTIONS.name}; asked='' must be one of these"): Results('mini', folder).answers
     assert [len(Results('mini', folder, asked).questions) for asked in ('dev', QUESTIONS.name)] == [100, N]
@@ -266,13 +292,14 @@ def test_variants_are_not_mixed_with_the_main_runs(tmp_path):
 
 BOTH_LLMS = [(o, 'llm=other') for o in ('clip', 'dino')]
 
-@pytest.mark.parametrize('clip, dino, own, verdict', [(.6, .5, (.9, .6), 'replicated'), (.9, .6, (.6, .5), 'replicated'), (.8, .5, (.9, .8), 'reversed'), (.9, .8, (.8, .5), 'reversed'), (.9, .5, (.8, .6), 'not shown better')])
+@pytest.mark.parametrize('clip, dino, own, verdict', [(.6, .5, (.9, .6), 'replicated'), (.9, .6, (.6, .5), 'replicated'), (.8, .5, (.9, .8), 'reversed'), (.9, .8, (.8, .5), 'reversed'), (.9, .5, (.8, .6), 'dino not shown to answer more with one of them'),
+                                                     (.9, .45, (.6, .6), 'dino not shown to answer more with one of them'), (.25, .25, (.9, .5), 'clip not shown above chance with both'), (.9, .5, (.4, .25), 'dino not shown above chance with both')])
 def test_gaps_with_two_language_models(tmp_path, clip, dino, own, verdict):
-    "Whichever is the better one; and if neither is, the claim means nothing"
+    "Whichever is the better one; and the claim means nothing if one of them is not better for both encoders, or the other good for nothing"
     shares = {('clip', 'llm=other'): clip, ('dino', 'llm=other'): dino, ('clip', ''): own[0], ('dino', ''): own[1]}
     t = judged(tmp_path, answers={k: lambda c, v=v: v for k, v in shares.items()}, more=BOTH_LLMS)
-    assert t.verdict['8'] == verdict and (verdict != 'not shown better' or t.floor['8'] == 'neither shown better')
-    if verdict != 'not shown better': assert t.effect['8'] == pytest.approx(20 if verdict == 'replicated' else -20, abs=8)
+    assert (t.floor['8'] or t.verdict['8']) == verdict and (t.verdict['8'] == 'not shown better') == (t.floor['8'] != '')
+    if not t.floor['8']: assert t.effect['8'] == pytest.approx(20 if verdict == 'replicated' else -20, abs=8)
 
 def test_seeds_that_both_language_models_have(tmp_path):
     write(tmp_path, **AS_THE_PAPER, more=BOTH_LLMS)
@@ -282,9 +309,11 @@ def test_seeds_that_both_language_models_have(tmp_path):
     pd.concat([own, same]).to_csv(tmp_path/'vmcbench_mini.csv', index=False)
     e = CLAIMS['8'].f(Results('mini', tmp_path))
     assert (e.value, e.se, e.seeds) == (0, 0, (0, 0)), 'the same answers, of two of three seeds'
-    pd.concat([own, same[same.encoder.str.startswith('clip')]]).to_csv(tmp_path/'vmcbench_mini.csv', index=False)
+    pd.concat([own, same[same.encoder.str.startswith(('clip-mini-s0', 'dino-mini-s1'))]]).to_csv(tmp_path/'vmcbench_mini.csv', index=False)
     with pytest.raises(SettingsError, match='llm=other and that of the preset, have no seed in common'): CLAIMS['8'].f(Results('mini', tmp_path))
     write(tmp_path, **AS_THE_PAPER, more=[*BOTH_LLMS, ('clip', 'llm=third')])
+    assert CLAIMS['8'].f(Results('mini', tmp_path)).seeds, 'what one objective has alone is no second language model'
+    write(tmp_path, **AS_THE_PAPER, more=[*BOTH_LLMS, ('clip', 'llm=third'), ('dino', 'llm=third')])
     with pytest.raises(SettingsError, match='one language model besides that of the preset, and there are llm=other, llm=third'): CLAIMS['8'].f(Results('mini', tmp_path))
 
 def test_real_runs_become_tables(tmp_path, monkeypatch):

@@ -13,7 +13,9 @@ from helpers import context, group, start
 from PIL import Image
 from test_chat import DATES, said as turns, written
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 from clipdino.chat import Form, LlavaJson, TEMPLATES, render
@@ -193,9 +195,9 @@ def of_open_clip(folder, quick=False, **vision):
 TOWERS = dict(  # what makes the encoder's name; its tower at layer -2, and at -1: transformers' class, our Tower, or None where there is none
     vit=(lambda d: TINY, 'ViTModel', 'Tower'), stem=(lambda d: MINI, 'Tower', 'Tower'), cnn=(lambda d: 'random:resnet18', 'Tower', 'Tower'),
     registers=(lambda d: 'random:vit_small_patch16_dinov3', 'Tower', 'Tower'), register_pooled=(lambda d: 'random:vit_pwee_patch16_reg1_gap_256', 'Tower', 'Tower'),  # the first with rotary tables that are not saved
-    clip=(lambda d: of_transformers('CLIP', d), 'CLIPVisionModel', None), dinov2=(lambda d: of_transformers('Dinov2', d, mlp_ratio=2), 'Dinov2Model', None),
-    hf_vit=(lambda d: of_transformers('ViT', d), 'ViTModel', None), dinov2_registers=(lambda d: of_transformers('Dinov2WithRegisters', d, mlp_ratio=2), None, None),
-    siglip=(lambda d: of_transformers('Siglip', d), None, None), larger=(lambda d: of_transformers('CLIP', d, 48), None, None),
+    clip=(lambda d: of_transformers('CLIP', d), 'CLIPVisionModel', 'Tower'), dinov2=(lambda d: of_transformers('Dinov2', d, mlp_ratio=2), 'Dinov2Model', 'Tower'),
+    hf_vit=(lambda d: of_transformers('ViT', d), 'ViTModel', 'Tower'), dinov2_registers=(lambda d: of_transformers('Dinov2WithRegisters', d, mlp_ratio=2), 'Tower', 'Tower'),
+    siglip=(lambda d: of_transformers('Siglip', d), 'Tower', 'Tower'), larger=(lambda d: of_transformers('CLIP', d, 48), 'Tower', 'Tower'),
     open_clip=(lambda d: of_open_clip(d), 'CLIPVisionModel', None), open_clip_quick=(lambda d: of_open_clip(d, quick=True), 'CLIPVisionModel', None), open_clip_pooled=(lambda d: of_open_clip(d, pool_type='avg'), 'CLIPVisionModel', None))
 
 @pytest.mark.parametrize('case', TOWERS)
@@ -215,6 +217,9 @@ def test_a_tower_gives_the_encoders_patch_tokens(tmp_path, case):
         tower.save_pretrained(tmp_path/'t')
         for t in tower, transformers.AutoModel.from_pretrained(tmp_path/'t').eval():
             torch.testing.assert_close(tower_tokens(t, x, layer), want, atol=1e-4*float(want.abs().max()), rtol=0)
+        half, elsewhere = (transformers.AutoModel.from_pretrained(tmp_path/'t', dtype=d).eval() for d in (torch.bfloat16, torch.float32))
+        torch.testing.assert_close(tower_tokens(half, x.bfloat16(), layer).float(), want, atol=.1*float(want.abs().max()), rtol=0)
+        assert tower_tokens(elsewhere.to('meta'), x.to('meta'), layer).shape == want.shape, 'when it was moved before its first picture'
 
 @pytest.mark.parametrize('case', ['clip', 'dinov2', 'hf_vit', 'open_clip'])
 def test_vlms_on_encoders_of_other_libraries_open_again(tmp_path, case):
@@ -382,6 +387,13 @@ def split(run, until):
     update, local = Stage.update, []
     def step(self, parts):
         if until and (self.k, self.step) == (2, until): raise Cut
+        if run.shard and self.k == 2 and not hasattr(self.p.acc, 'plain_backward'):
+            self.p.acc.plain_backward = self.p.acc.backward
+            def backward(loss):
+                self.p.acc.plain_backward(loss)
+                assert all(isinstance(v.grad, DTensor) for v in self.p.reader.parameters() if v.requires_grad), 'no process holds whole gradients, between the parts of a step either'
+            self.p.acc.backward = backward
+            assert 'forward' not in self.p.reader.__dict__, 'nor a forward of accelerate that keeps whole weights'
         out = update(self, parts)
         if run.shard and self.k == 2 and not local: local.extend(v.to_local().numel() for v in self.p.reader.parameters())
         return out
@@ -541,6 +553,7 @@ def test_adapters_are_trained_alone_and_then_become_part_of_the_model():
     assert {'.'.join(n.split('.')[-4:-1]) for n, v in p.reader.named_parameters() if '.lora_A' in n} == {f'{m}.lora_A.default' for m in ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')}
     before = {n: v.clone() for n, v in p.reader.named_parameters() if '.lora_' in n}
     s.fit()
+    with safe_open(max(s.folder.glob('state-*')), 'pt') as f: assert {k[6:] for k in f.keys() if k.startswith('model.')} == {n for n, v in p.reader.named_parameters() if v.requires_grad}, 'what is frozen is not saved'
     after = p.reader.state_dict()
     assert not any(torch.equal(v, after[n]) for n, v in before.items())
     assert same({n.removeprefix('lm.').replace('.base_layer', ''): v for n, v in after.items() if n.startswith('lm.') and '.lora_' not in n}, llm)
@@ -661,7 +674,7 @@ def test_the_date_is_the_same_in_training_and_after(tmp_path, begin, date):
     (dict(layer=3), 'layer=3 is not there: random:clipdino_vit_smoke has layers 1 to 2'), (dict(preset='paper'), "stage1_data is empty: give data in LLaVA's format as JSON:FOLDER"), (dict(llm=''), 'llm is empty: give world'),
     (dict(stage2_data='somewhere'), "stage2_data='somewhere' is neither world nor JSON:FOLDER"), (dict(stage2_data='a.json:b'), 'a.json is not there, or empty'), (dict(stage1_samples=3), 'stage1_samples=3 must be at least one batch, 16, or 0'),
     (dict(stage2_batch=15, processes=2), 'stage2_batch=15 must be a multiple of the 2 processes'), (dict(tracker='paper'), "tracker='paper' is not one of"), (dict(template='alpaca'), "template='alpaca' is not one of vicuna, chatml"),
-    (dict(connector='qformer'), "connector='qformer' is not one of mlp, linear, pool, resampler"), (dict(context=8), 'context=8 has no room for the 16 tokens of a picture'), (dict(lm_lr=-1.), 'lm_lr=-1.0 must be a finite number'),
+    (dict(connector='qformer'), "connector='qformer' is not one of mlp, linear, pool, resampler"), (dict(context=8), 'context=8 has no room for the 16 tokens of a picture'), (dict(lm_lr=-1.), 'lm_lr=-1.0 must be a finite number'), (dict(clip_grad=0.), 'clip_grad=0.0 must be above 0'),
     (dict(stage1_batch=65, stage1_samples=65), 'world captions, web has 64 conversations with targets within context=512, fewer than batch=65')], ids=str)
 def test_settings_that_are_refused(given, message):
     with pytest.raises(SettingsError, match=message) as e: trained('refused', **given)
