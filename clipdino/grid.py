@@ -76,7 +76,7 @@ class Job:
 
 # %% ../nbs/07_grid.ipynb #add0d0ec
 def times(k): return lambda v: int(k*v)
-def another_llm(v): return 'world:half' if v == 'world' else 'Qwen/Qwen2-7B-Instruct'
+def another_llm(v): return 'world:wide' if v == 'world' else 'Qwen/Qwen2-7B-Instruct'
 
 @dataclass(frozen=True)
 class Study:

@@ -152,12 +152,12 @@ def train_small(run:SmallLM, tokenizer, device='cpu', folder:Path|None=None, eve
         if folder and step % every == 0 and step < steps: save_state(folder, model.model, Both(*opts), step)
     return model.eval()
 
-def settings(preset:str='mini', size:str='')->SmallLM: # half: trained on half of the documents
+def settings(preset:str='mini', size:str='')->SmallLM: # wide: twice as wide
     "The settings of the small language model"
     one_of('preset', preset, ('smoke', 'mini', 'small', 'paper'))
-    check(size in ('', 'half'), f'world:{size} is no language model; there are world and world:half')
+    check(size in ('', 'wide'), f'world:{size} is no language model; there are world and world:wide')
     run = SmallLM.make(dict(SIZES, paper=SIZES['small']), preset)
-    return replace(run, docs=run.docs//2) if size else run
+    return replace(run, width=2*run.width, heads=2*run.heads) if size else run
 
 def lm_dir(run:SmallLM)->Path:
     "Where it is kept"

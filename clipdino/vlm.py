@@ -57,7 +57,7 @@ class VLMRun(Settings):
     "Settings of one VLM"
     preset: str = 'mini'  # smoke, mini, small or paper
     encoder: str = 'clip-mini-s0'  # run folder, timm name, hf:..., open_clip:..., random:..., or a file
-    llm: str = 'world'  # the embedded language model, which reads what the world says (world:half has read half as much), or a causal LM of transformers: folder or hub name
+    llm: str = 'world'  # the embedded language model, which reads what the world says (world:wide is twice as wide), or a causal LM of transformers: folder or hub name
     name: str = ''  # the run's folder under runs/; empty means vlm- and the encoder's name
     seed: int = 0  # seeds connector, adapters and order
     # data

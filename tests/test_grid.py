@@ -99,8 +99,8 @@ def test_the_other_studies():
     assert {r.stage2_samples for r in v} == {n, 4*n}
     align = [j.run for j in of('align', seeds=1).values() if j.kind == 'vlm']
     assert [r.encoder for r in align] == ['clip-mini-s0', 'dino-mini-s0', 'random:clip-mini-s0'] and {r.stage1_samples for r in align} == {g.vlm_settings('mini').stage1_samples//8}
-    assert set(llm) == {'clip-mini-s0', 'dino-mini-s0', 'lm-mini-half', *(f'{s}vlm-{o}-mini-s0-world-half' for o in ('clip', 'dino') for s in ('', 'score-'))}
-    assert 2*llm['lm-mini-half'].run.docs == g.lm_settings('mini').docs
+    assert set(llm) == {'clip-mini-s0', 'dino-mini-s0', 'lm-mini-wide', *(f'{s}vlm-{o}-mini-s0-world-wide' for o in ('clip', 'dino') for s in ('', 'score-'))}
+    assert llm['lm-mini-wide'].run.width == 2*g.lm_settings('mini').width
     assert {j.run.llm for j in of('llm', preset='paper', given='pretrain.data=a.tar vlm.stage1_data=a.json vlm.stage2_data=b.json').values() if j.kind == 'vlm'} == {'Qwen/Qwen2-7B-Instruct'}
     assert [j.run.objective for j in hybrid.values() if j.kind == 'pretrain'] == ['hybrid', 'clip', 'dino'] and [j.name for j in hybrid.values() if j.kind == 'vlm'] == ['vlm-hybrid-mini-s0']
     assert hybrid['analysis-hybrid-mini-s0'].run.names == ['clip-mini-s0', 'hybrid-mini-s0', 'dino-mini-s0']

@@ -39,10 +39,10 @@ def test_it_is_made_once(made, monkeypatch):
     assert small_lm('smoke') == made and {f.name: f.stat().st_mtime_ns for f in made.iterdir()} == before
     with pytest.raises(SettingsError, match="preset='huge' is not one of"): small_lm('huge')
 
-def test_one_that_has_read_half_as_much(made, monkeypatch):
+def test_one_twice_as_wide(made, monkeypatch):
     monkeypatch.setenv('CLIPDINO_CACHE', str(made.parent))
-    llm, plain = open_llm('world:half', 'smoke')[0], AutoModelForCausalLM.from_pretrained(made)
-    assert llm.config.to_dict() == plain.config.to_dict() | dict(_name_or_path=llm.config._name_or_path) and not torch.equal(llm.lm_head.weight, plain.lm_head.weight)
+    llm, plain = open_llm('world:wide', 'smoke')[0], AutoConfig.from_pretrained(made)
+    assert (llm.config.hidden_size, llm.config.num_attention_heads, llm.config.num_hidden_layers) == (2*plain.hidden_size, 2*plain.num_attention_heads, plain.num_hidden_layers)
     assert small_lm('smoke') == made
     with pytest.raises(SettingsError, match='world:tall is no language model'): check_inputs(vlm_settings('smoke', llm='world:tall'))
 
