@@ -425,7 +425,7 @@ class Trained:
     def __init__(self, module:nn.Module): self.module, self.names = module, {n for n, v in module.named_parameters() if v.requires_grad}
     def state_dict(self)->dict: return {k: v for k, v in self.module.state_dict().items() if k in self.names}
     def load_state_dict(self, state:dict):
-        check(set(state) == self.names, f'a saved state has other weights than those trained here, as {sorted(set(state) ^ self.names)[0]}')
+        check(set(state) == self.names, f'a saved state has other weights than those trained here, as {sorted(set(state) ^ self.names)[:1]}')
         self.module.load_state_dict(state, strict=False)
 
 class Stage:
