@@ -1,5 +1,6 @@
 "Labelled sets: damage to any file is said in a sentence, nothing is held in memory, and loaders' processes and threads change nothing."
 import shutil, tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from scipy.io import savemat
 from torch.utils.data import DataLoader
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
+import clipdino.data as data
 from clipdino.core import SettingsError
 from clipdino.data import BadData
 from clipdino.sets import Labelled, open_maps, open_set, whole_files
@@ -122,3 +124,11 @@ def test_squares_are_torchvisions(tmp_path, size):
     for t, out in enumerate(s.batch(range(8), size), 1):
         off = np.abs(out - np.asarray(theirs(ImageOps.exif_transpose(Image.open(tmp_path/f'turned{t}.png'))), float))
         assert off.mean() < 1.5
+
+def test_one_of_several_training_processes_has_its_share_of_the_cores(monkeypatch):
+    "As launchers leave torch one thread, in which millions of pictures would be looked at"
+    monkeypatch.setattr(data, 'cores', lambda: 8)
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 1)
+    assert not isinstance(data.threads(), ThreadPoolExecutor)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
+    assert data.threads()._max_workers == 4
