@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'FEATURES', 'TASKS', 'WITHIN', 'POOLED', 'MAPS', 'PARTS', 'PHRASES', 'SHOTS', 'HOW', 'ProbeRun', 'slug',
-           'settings', 'device_of', 'functions', 'pooled', 'joint', 'patch_tokens', 'fill', 'features', 'Pictures',
-           'even', 'Task', 'world_tasks', 'Opened', 'open_sets', 'set_task', 'WorldMaps', 'OnlyPictures', 'dense',
-           'constant_iou', 'name_classes', 'probe_task', 'pool', 'specs', 'probe_all', 'save_arrays', 'probe',
-           'probe_in', 'compare', 'main_tasks', 'picture', 'show_tasks', 'show_grid', 'show_maps', 'show_differences',
-           'collect', 'objective_of', 'over_seeds', 'show_objectives']
+           'settings', 'device_of', 'functions', 'pooled', 'joint', 'patch_tokens', 'Read', 'readers', 'read_ahead',
+           'fill', 'features', 'Pictures', 'even', 'Task', 'world_tasks', 'Opened', 'open_sets', 'set_task',
+           'WorldMaps', 'OnlyPictures', 'dense', 'constant_iou', 'name_classes', 'probe_task', 'pool', 'specs',
+           'probe_all', 'save_arrays', 'probe', 'probe_in', 'compare', 'main_tasks', 'picture', 'show_tasks',
+           'show_grid', 'show_maps', 'show_differences', 'collect', 'objective_of', 'over_seeds', 'show_objectives']
 
 # %% ../nbs/03_probe.ipynb #67db0db3
-import re, shutil, time
+import os, re, shutil, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -23,8 +23,9 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
+from torch.utils.data import DataLoader
 
-from .core import Progress, Settings, SettingsError, alone, cache_dir, check, digest, environment, in_test, injected, locked, read_json, root, run_dir, say, theme, whole, write_json
+from .core import Progress, Settings, SettingsError, alone, cache_dir, check, cores, digest, environment, in_test, injected, locked, read_json, root, run_dir, say, theme, whole, write_json
 from .encoders import Encoder, grid_of, load_encoder
 from .pretrain import LOOKS, check_settings, tensors_digest
 from .readouts import READOUTS, authors_probe, check_features, choose, few_shot, fit_maps, fit_probes, grid, interval, knn, map_classes, mean_iou, overlaps, paired, report, try_settings
@@ -98,15 +99,38 @@ def patch_tokens(encoder:Encoder, x, layer:int)->torch.Tensor: # (B, N, D)
     (_, patches), = encoder.tokens(x, (layer,))
     return patches
 
+class Read:
+    "Batches of a set of pictures, each as it is or as the exception that it raised, into which a loader would put its trace"
+    def __init__(self, source, ids:list, size:int): self.source, self.ids, self.size = source, ids, size
+    def __len__(self): return len(self.ids)
+    def __getitem__(self, k:int):
+        try: return torch.from_numpy(self.source.batch(self.ids[k], self.size))
+        except Exception as e: return e
+
+def readers(device)->int:
+    "How many processes read pictures: several for a GPU, which would wait for one"
+    return min(cores()//int(os.environ.get('LOCAL_WORLD_SIZE', 1)), 8) if device.type == 'cuda' else 0
+
+def read_ahead(source, ids:list, size:int, processes:int): # of each batch; 0: in a thread
+    "Yields batches of pictures; the next are read meanwhile"
+    read = Read(source, ids, size)
+    def ahead():
+        with ThreadPoolExecutor(1) as ex:
+            waiting = ex.submit(read.__getitem__, 0)
+            for k in range(1, len(ids) + 1):
+                made, waiting = waiting.result(), k < len(ids) and ex.submit(read.__getitem__, k)
+                yield made
+    for made in DataLoader(read, batch_size=None, num_workers=min(processes, len(ids)), multiprocessing_context='fork' if sys.platform == 'linux' else None) if processes else ahead():
+        if isinstance(made, Exception): raise made
+        yield made.numpy()
+
 def fill(path:Path, encoder:Encoder, source, what, layer:int, batch:int, dtype:str):
     "Write the features of all pictures of `source` into the .npy file `path`, whole"
     n, ids = len(source), [np.arange(a, min(a + batch, len(source))) for a in range(0, len(source), batch)]
     check(n > 0, f'{source.name} has no pictures')
     shown, begun = Progress(n), time.time()
-    with ThreadPoolExecutor(1) as ex, whole(path) as tmp, open(tmp, 'wb') as f:
-        ahead = ex.submit(source.batch, ids[0], encoder.size)
-        for rows, later in zip(ids, [*ids[1:], None]):
-            images, ahead = ahead.result(), later is not None and ex.submit(source.batch, later, encoder.size)  # the next pictures are read meanwhile
+    with whole(path) as tmp, open(tmp, 'wb') as f:
+        for rows, images in zip(ids, read_ahead(source, ids, encoder.size, readers(encoder.device))):
             x = what(encoder, encoder.prepare(images), layer).float().cpu().numpy()
             bad = ~np.isfinite(x).reshape(len(x), -1).all(1)
             check(not bad.any(), f'features of picture {rows[bad.argmax()]} of {source.name} are not finite under {encoder.name}')

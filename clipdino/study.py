@@ -201,12 +201,17 @@ class Results:
         return Questions(t.questions.iloc[0], *fingerprints, t[['category', 'answer']].to_dict('records'))
 
     def versions(self)->pd.DataFrame:
-        "How many runs of each kind and objective, as the preset has them or in any other way, were made by which version of the code, on what"
-        of = self.runs.set_index('run').of
-        encoder = [r.run if r.kind == 'pretrain' else of.get(r.of, r.of) if r.kind == 'vmcbench' else r.of for r in self.runs.itertuples()]
-        who = [self.who(e) if e.removeprefix('random:') in self.encoders.index else dict(objective='several', variant='') for e in encoder]
-        t = self.runs.assign(objective=[w['objective'] for w in who], variant=['' if w['variant'] == v == '' else 'others' for w, v in zip(who, self.runs.variant)])
-        return t.groupby(['kind', 'objective', 'variant', 'commit', 'device'], sort=False).agg(runs=('run', 'count')).reset_index().sort_values(['kind', 'variant', 'objective', 'commit'])
+        "Which versions of the code made how many runs of each kind and objective, as the preset has them or in any other way, on what"
+        runs = self.runs.set_index('run')
+        def about(run:str)->tuple: # -> objective, and whether it or what it is made of differs from the preset
+            r = runs.loc[run]
+            if r.kind == 'pretrain': return r.objective, r.variant != ''
+            name = r.of.removeprefix('random:')
+            objective, differs = about(name) if name in runs.index else ('several', False)
+            return 'untrained' if name != r.of else objective, differs or r.variant != ''
+        who = [about(r) for r in runs.index]
+        t = runs.assign(objective=[o for o, _ in who], variants=['others' if d else '' for _, d in who])
+        return t.groupby(['kind', 'objective', 'variants', 'device']).commit.agg(versions=lambda c: ', '.join(f'{v[:7]} ({n})' for v, n in c.value_counts(sort=False).items())).reset_index()
 
 # %% ../nbs/07_study.ipynb #915e1bdc
 @dataclass(frozen=True)
@@ -470,7 +475,7 @@ def judge(r:Results, **how)->pd.DataFrame: # arguments of the claims; those clai
                 rows.append(dict(row, effect=e.value, unit=e.unit, seeds=1, verdict='incomplete', why='one seed has no interval; it takes at least two, and better three'))
                 continue
             (low, high), (p, shows) = e.interval(), outcome(e, c.sign)
-            rows.append(dict(row, effect=e.value, low=low, high=high, unit=e.unit, seeds=len(e.seeds), each=', '.join(f'{v:+.3g}' for v in e.seeds), p=p, p_at_0=outcome(replace(e, value=0.), 0)[0] if c.sign == 0 else math.nan, verdict=shows, floor=floor))
+            rows.append(dict(row, effect=e.value, low=low, high=high, unit=e.unit, seeds=len(e.seeds), each=', '.join(f'{round(v, 3) + 0.:+.3g}' for v in e.seeds), p=p, p_at_0=outcome(replace(e, value=0.), 0)[0] if c.sign == 0 else math.nan, verdict=shows, floor=floor))
     t = pd.DataFrame(rows).reindex(columns=['claim', 'says', 'paper', 'effect', 'low', 'high', 'unit', 'seeds', 'each', 'p', 'p_at_0', 'verdict', 'floor', 'why'])
     done = t.p.notna()
     if done.any(): t.loc[done, 'p'] = multipletests(t.p[done], ALPHA, 'holm')[1]

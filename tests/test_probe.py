@@ -56,6 +56,18 @@ def test_features_are_made_once_and_right(monkeypatch):
     assert (probe.features(e, s, batch=7) == x).all()
     with pytest.raises(ValueError): x[0] = 0
 
+def test_features_of_pictures_that_processes_read(monkeypatch):
+    e, s = load_encoder(ENCODER), Set()
+    x = np.array(probe.features(e, s, batch=16))
+    s.fingerprint = 'read by others'
+    monkeypatch.setattr(probe, 'readers', lambda device: 2)
+    assert (probe.features(e, s, batch=16) == x).all() and len(files()) == 2
+    def broken(ids, size): raise SettingsError('picture 16 is broken')
+    s.fingerprint, s.batch = 'broken', lambda ids, size: s.images[ids] if not ids[0] else broken(ids, size)
+    for n in 2, 0:
+        monkeypatch.setattr(probe, 'readers', lambda device: n)
+        with pytest.raises(SettingsError, match='^picture 16 is broken$'): probe.features(e, s, batch=16)
+
 @pytest.mark.parametrize('what', ['weights', 'data', 'layer', 'size', 'mean', 'activation'])
 def test_features_are_stale_when_anything_differs(what):
     e, s, layer = load_encoder(ENCODER), Set(), -1
@@ -119,7 +131,7 @@ def test_features_need_little_memory(tmp_path):
 import numpy as np, re, torch
 import clipdino.probe as probe
 class Encoder:
-    name, size, mean, std, fingerprint, model = 'e', 8, (0,), (1,), 'e', torch.nn.Identity()
+    name, size, mean, std, fingerprint, model, device = 'e', 8, (0,), (1,), 'e', torch.nn.Identity(), torch.device('cpu')
     def prepare(self, x): return torch.from_numpy(x).float()
     def tokens(self, x, layers): return [(x.flatten(1).repeat(1, 5)[:, :500], x.flatten(1).repeat(1, 5)[:, None, :500])]
 class Set:

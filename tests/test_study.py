@@ -261,6 +261,10 @@ def test_a_run_that_read_another_layer_is_none_of_the_main_ones(tmp_path):
     r = changed(write(tmp_path), 'runs', variant='layer=-2', settings='other', where='probe-clip-2-')
     assert judge(r).set_index('claim').why['1'] == 'linear probe of object: clip has the seeds [0, 1] and dino has [0, 1, 2]' and 'layer=-2' in set(r.probe.variant)
 
+def test_which_code_made_what(tmp_path):
+    t = Results('mini', write(tmp_path, more=[('clip', 'images=3072'), ('clip', 'connector=linear')])).versions().set_index(['kind', 'objective', 'variants']).versions
+    assert [t['pretrain', 'clip', v] for v in ('', 'others')] == ['c (3)']*2 and [t['vlm', 'clip', v] for v in ('', 'others')] == ['c (3)', 'c (6)'] and t['vlm', 'untrained', ''] == t['probe', 'dino', ''] == 'c (3)'
+
 def test_answers_entered_twice_are_no_more_seeds(tmp_path):
     folder = write(tmp_path)
     t = read_table(folder/'vmcbench_mini.csv')
