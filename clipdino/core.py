@@ -6,10 +6,11 @@
 __all__ = ['PRESETS', 'MENDS', 'PACKAGES', 'SettingsError', 'check', 'one_of', 'lossless', 'Settings', 'injected', 'CannotWrite',
            'writing', 'sync', 'root', 'in_test', 'runs_dir', 'run_dir', 'alone', 'locked', 'cache_dir', 'whole',
            'write_json', 'read_json', 'Metrics', 'commit', 'cores', 'environment', 'mix', 'uniform', 'generator',
-           'np_rng', 'permute', 'terminal', 'Progress', 'say', 'digest', 'stamp', 'theme']
+           'np_rng', 'permute', 'terminal', 'Progress', 'say', 'ahead', 'digest', 'stamp', 'theme']
 
 # %% ../nbs/00_core.ipynb #d77a32ce
 import errno, hashlib, json, os, platform, re, secrets, shutil, subprocess, sys, tempfile, time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -274,6 +275,15 @@ def say(line:str):
     "Print `line`, in the notebook and on papermill's terminal"
     print(line, flush=True)
     if (fd := terminal()) is not None: os.write(fd, f'\r\x1b[K{line}\n'.encode())
+
+def ahead(items):
+    "Yields them, each made in a thread while the one before it is used"
+    items, end = iter(items), object()
+    with ThreadPoolExecutor(1) as ex:
+        waiting = ex.submit(next, items, end)
+        while (made := waiting.result()) is not end:
+            waiting = ex.submit(next, items, end)
+            yield made
 
 # %% ../nbs/00_core.ipynb #2730bfcc
 def digest(*parts)->str:

@@ -13,7 +13,6 @@ __all__ = ['HOW', 'SIZES', 'AGGREGATIONS', 'PROTOCOLS', 'SUBSETS', 'DRAWS', 'LAB
 
 # %% ../nbs/06_vmcbench.ipynb #012035dc
 import json, textwrap
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 from transformers.utils import logging
 
 from .chat import own_template
-from .core import Metrics, Progress, Settings, SettingsError, alone, check, digest, environment, in_test, injected, np_rng, one_of, read_json, root, run_dir, say, sync, theme, uniform, whole, write_json, writing
+from .core import Metrics, Progress, Settings, SettingsError, ahead, alone, check, digest, environment, in_test, injected, np_rng, one_of, read_json, root, run_dir, say, sync, theme, uniform, whole, write_json, writing
 from .encoders import folder_of, load_encoder
 from .lm import make_tokenizer
 from .pretrain import LOOKS, check_kind, check_settings, tensors_digest
@@ -204,14 +203,10 @@ def ask(vlm:VLM, x, letters:list, how:str='both', max_new_tokens:int=16)->list: 
 def answers(vlm:VLM, questions:Questions, batches:list, how:str='both', blind:bool=False, max_new_tokens:int=16): # positions of each batch
     "Yields the rows of each batch; the next batch's pictures are read meanwhile"
     letters = None if how == 'generate' else letter_ids(vlm, questions.rows[0], blind)
-    with ThreadPoolExecutor(1) as ex:
-        ahead = [ex.submit(inputs, vlm, questions, ids, blind, max_new_tokens) for ids in batches[:1]]
-        for ids, later in zip(batches, [*batches[1:], None]):
-            x = ahead.pop().result()
-            if later is not None: ahead.append(ex.submit(inputs, vlm, questions, later, blind, max_new_tokens))
-            try: got = ask(vlm, x, letters, how, max_new_tokens)
-            except torch.OutOfMemoryError: raise SettingsError(f'batch={len(ids)} does not fit into the memory of {vlm.model.device}; give a smaller one') from None
-            yield [dict(row=i, index=r['index'], category=r['category'], question=r['question'], options=[r[l] for l in LETTERS], answer=r['answer'], **a) for i, a in zip(ids, got) for r in [questions.rows[i]]]
+    for ids, x in zip(batches, ahead(inputs(vlm, questions, ids, blind, max_new_tokens) for ids in batches)):
+        try: got = ask(vlm, x, letters, how, max_new_tokens)
+        except torch.OutOfMemoryError: raise SettingsError(f'batch={len(ids)} does not fit into the memory of {vlm.model.device}; give a smaller one') from None
+        yield [dict(row=i, index=r['index'], category=r['category'], question=r['question'], options=[r[l] for l in LETTERS], answer=r['answer'], **a) for i, a in zip(ids, got) for r in [questions.rows[i]]]
 
 def batched(order:list, size:int)->list: return [order[a:a + size] for a in range(0, len(order), size)]
 
