@@ -6,7 +6,7 @@
 __all__ = ['PRESETS', 'MENDS', 'PACKAGES', 'SettingsError', 'check', 'one_of', 'lossless', 'Settings', 'injected', 'CannotWrite',
            'writing', 'sync', 'root', 'in_test', 'runs_dir', 'run_dir', 'alone', 'locked', 'cache_dir', 'whole',
            'write_json', 'read_json', 'Metrics', 'commit', 'cores', 'environment', 'mix', 'uniform', 'generator',
-           'np_rng', 'permute', 'terminal', 'Progress', 'say', 'ahead', 'digest', 'stamp', 'theme']
+           'np_rng', 'permute', 'terminal', 'Progress', 'say', 'prefetch', 'digest', 'stamp', 'theme']
 
 # %% ../nbs/00_core.ipynb #d77a32ce
 import errno, hashlib, json, os, platform, re, secrets, shutil, subprocess, sys, tempfile, time
@@ -276,7 +276,7 @@ def say(line:str):
     print(line, flush=True)
     if (fd := terminal()) is not None: os.write(fd, f'\r\x1b[K{line}\n'.encode())
 
-def ahead(items):
+def prefetch(items):
     "Yields them, each made in a thread while the one before it is used"
     items, end = iter(items), object()
     with ThreadPoolExecutor(1) as ex:

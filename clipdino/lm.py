@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .chat import MARK, SHORT, Form
-from .core import Progress, Settings, ahead, cache_dir, check, digest, generator, locked, np_rng, one_of, say, writing
+from .core import Progress, Settings, cache_dir, check, digest, generator, locked, np_rng, one_of, prefetch, say, writing
 from .pretrain import load_state, save_state
 from .questions import CATEGORIES, INSTRUCTION, LETTERS, prompt
 from .world import NAMES, POSITIONS, caption, versions
@@ -138,7 +138,7 @@ def train_small(run:SmallLM, tokenizer, device='cpu', folder:Path|None=None, eve
     start = load_state(folder, model.model, Both(*opts)) if folder else 0
     if start: say(f'continuing the small language model from step {start} of {steps}')
     letters, shown = torch.tensor(tokenizer.convert_tokens_to_ids(list(LETTERS)), device=device), Progress(steps, start)
-    for step, (ids, weights) in enumerate(ahead(batches(run, form, start)), start + 1):
+    for step, (ids, weights) in enumerate(prefetch(batches(run, form, start)), start + 1):
         ids, weights = ids.to(device), weights.to(device)
         weights[torch.isin(ids, letters) & (weights == 1)] = 3.  # what all else is for
         for g in (g for o in opts for g in o.param_groups): g['lr'] = run.lr*min(step/100, 1, 2*(1 - (step - 1)/steps))  # up, level, and down over the second half

@@ -339,22 +339,21 @@ class GlobalBatchNorm(nn.Module):
     def forward(self, x): # (N, D), N the same in all processes
         if alone(): return F.batch_norm(x, None, None, self.weight, self.bias, True, eps=self.eps)
         x = full(x)
-        mean, square = (dist.nn.functional.all_reduce(torch.stack([x.mean(0), x.square().mean(0)]))/dist.get_world_size()).unbind()
-        return (x - mean)*(square - mean.square() + self.eps).rsqrt()*self.weight + self.bias
+        def mean(v): return dist.nn.functional.all_reduce(v.mean(0))/dist.get_world_size()
+        x = x - mean(x)  # first of all: a difference of squares may be lost, or negative
+        return x*(mean(x.square()) + self.eps).rsqrt()*self.weight + self.bias
 
 class DINOHead(nn.Module):
     "Three-layer projection, unit length, weight-normalised linear map to `prototypes` (Caron et al., 2021, appendix C)"
-    def __init__(self, dim:int, prototypes:int, hidden:int, bottleneck:int, norm:bool=False, # batch normalisation
-                 learn_scale:bool=False): # whether the length of the prototypes is learnt
+    def __init__(self, dim:int, prototypes:int, hidden:int, bottleneck:int, norm:bool=False): # batch normalisation
         super().__init__()
         def layer(a, b): return [nn.Linear(a, b), *([GlobalBatchNorm(b)] if norm else []), nn.GELU()]
         self.mlp = nn.Sequential(*layer(dim, hidden), *layer(hidden, hidden), nn.Linear(hidden, bottleneck))
         for m in self.mlp:
             if isinstance(m, nn.Linear): trunc_normal_(m.weight, std=.02); nn.init.zeros_(m.bias)
         self.last = nn.Parameter(torch.empty(prototypes, bottleneck).uniform_(-bottleneck**-.5, bottleneck**-.5))
-        self.scale = nn.Parameter(torch.ones(prototypes, 1)) if learn_scale else 1.
     def embed(self, x): return F.normalize(self.mlp(x), dim=-1)  # (N, D) -> (N, bottleneck), unit length
-    def weight(self): return self.scale*F.normalize(self.last, dim=-1)  # (prototypes, bottleneck)
+    def weight(self): return F.normalize(self.last, dim=-1)  # (prototypes, bottleneck)
     def forward(self, x): return F.linear(self.embed(x), self.weight())
 
 # %% ../nbs/01_objectives.ipynb #cda2d798

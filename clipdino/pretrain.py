@@ -45,7 +45,7 @@ from .core import (CannotWrite, Metrics, PRESETS, Progress, Settings, SettingsEr
                            mix, read_json, run_dir, runs_dir, say, whole, write_json)
 from .data import Bad, BadData, Shards, Steps, expand, loader
 from .objectives import (BYTE_TOKENS, CLIP_VOCAB, Contrastive, DINO, DINOHead, Hybrid, MEAN, OWN, Objective, STD, PretrainedText, TextTower, cosine, load_plugins, make_encoder, patch_of, text_config, text_heads)
-from .readouts import accuracy, grid, knn, linear_probe
+from .readouts import accuracy, grid, held_out, knn, linear_probe
 from .sets import open_set
 from .views import AddViews, centre, clip_views, dino_views, make_views
 from .world import POLICIES, World
@@ -210,7 +210,7 @@ SMOKE = dict(images=128, canvas=32, samples=128, batch=16, arch='clipdino_vit_sm
 MINI = {}
 SMALL = dict(images=262144, canvas=144, samples=3_145_728, batch=1024, image_size=128, arch='vit_small_patch16_224', dim=384, text_width=384, text_layers=6, vocab=8192,
              local_size=64, local_crops=8, prototypes=8192, head_hidden=2048, bottleneck=256, momentum=.99, probes=8, save_every=524288, workers=8)
-PAPER = dict(data='', canvas=288, samples=245_760_000, batch=8192, lr=1e-3, min_lr=0., warmup=1000/30000, beta2=.95, eps=1e-6, weight_decay=.2, weight_decay_end=.2,
+PAPER = dict(data='', canvas=384, samples=245_760_000, batch=8192, lr=1e-3, min_lr=0., warmup=1000/30000, beta2=.95, eps=1e-6, weight_decay=.2, weight_decay_end=.2,
              image_size=224, arch='vit_base_patch16_224', dim=512, text_width=512, text_layers=12, vocab=CLIP_VOCAB, context=77, text_model='roberta-base', unlocked=10,
              local_size=96, local_crops=8, prototypes=65536, head_hidden=2048, bottleneck=256, workers=16, probes=20, save_every=4_096_000)
 VIEW_SETTINGS = 'crop_min', 'local_crops', 'local_size', 'local_min', 'local_max', 'hue'
@@ -338,10 +338,9 @@ def labelled_task(spec:str, canvas:int, split:str='val', limit:int=5000)->dict:
     "The classes of a labelled set; its `val` is a fifth of the training images, so that nobody watches the test images during a run"
     train = open_set(spec, 'train', limit)
     def part(s, ids): return s.batch(ids, canvas), np.full((len(ids), 2), canvas, np.int32), torch.from_numpy(s.labels[ids])
-    n, cut = np.arange(len(train)), len(train)*4//5
-    if split == 'val': return dict(classes=[part(train, n[:cut]), part(train, n[cut:])])
+    if split == 'val': return dict(classes=[part(train, ids) for ids in held_out(len(train))])
     test = open_set(spec, split, limit)
-    return dict(classes=[part(train, n), part(test, np.arange(len(test)))])
+    return dict(classes=[part(train, np.arange(len(train))), part(test, np.arange(len(test)))])
 
 class Probe:
     "Linear probe and nearest neighbours on the class token, for every task"
@@ -349,12 +348,12 @@ class Probe:
 
     def __call__(self, encoder, size:int)->dict:
         "Accuracies, 0 to 1"
-        out, settings = {}, grid((1e-4, 1e-3, 1e-2, 1e-1), ('cls',), ('standard',))
+        out, settings, device = {}, grid((1e-4, 1e-3, 1e-2, 1e-1), ('cls',), ('standard',)), next(encoder.parameters()).device
         for task, (train, test) in self.sets.items():
             x, x_test = (features(encoder, i, hw, size) for i, hw, _ in (train, test))
             y, y_test, k = train[2], test[2], int(train[2].max()) + 1
-            out[f'{task}_linear'] = accuracy(linear_probe(x[:, None], y, k, settings)(x_test[:, None]), y_test)
-            out[f'{task}_knn'] = accuracy(knn(x, y, x_test, k), y_test)
+            out[f'{task}_linear'] = accuracy(linear_probe(x[:, None], y, k, settings, device)(x_test[:, None]), y_test)
+            out[f'{task}_knn'] = accuracy(knn(x, y, x_test, k, device=device), y_test)
         return out
 
 # %% ../nbs/02_pretrain.ipynb #4e3a183e
@@ -484,6 +483,7 @@ class Parts:
         if run.tracker: self.acc.init_trackers('clipdino', asdict(run))
         ranks, dtype = self.acc.num_processes, torch.float64 if run.precision == 'fp64' else torch.float32
         check(run.batch % ranks == 0, f'batch={run.batch} must be a multiple of the {ranks} processes')
+        check(run.batch <= len(self.source), f'batch={run.batch} is more than the {len(self.source)} pictures that there are, so that a step would have some of them several times')
         self.objective = make_objective(run).to(self.acc.device).train()
         self.params = [p for p in self.objective.parameters() if p.requires_grad]
         self.opt = torch.optim.AdamW(param_groups(self.objective), lr=run.lr, betas=(.9, run.beta2), eps=run.eps, fused=True)
@@ -509,7 +509,7 @@ class Parts:
         tokenize = self.objective.text.tokenize if self.objective.captions else None
         def move(v): return v.to(acc.device, non_blocking=True) if isinstance(v, torch.Tensor) else list(map(move, v)) if isinstance(v, list) else v
         for b in loader(self.source, run.batch, run.seed, self.step, run.steps, acc.process_index, acc.num_processes, run.workers, tokenize,
-                        pin=acc.device.type == 'cuda', transform=self.add_views if run.augment == 'workers' else None):
+                        pin=acc.device.type == 'cuda', prefetch=2 if run.batch//acc.num_processes*run.canvas**2 < 2**26 else 1, transform=self.add_views if run.augment == 'workers' else None):
             if listed: self.bad.add(b['step'], b['bad'], len(b['ids']))
             b = {k: v if k in ('ids', 'epochs', 'hw') else move(v) for k, v in b.items()}  # what views are made of is decided here, so that the host needn't ask the device
             yield b if 'views' in b else self.add_views(b)
@@ -627,9 +627,10 @@ GPUS = {'H100': 989, 'A100': 312, 'RTX 4090': 165, 'L4': 121}  # dense bf16 TFLO
 def cost(run:Pretrain)->dict:
     "GFLOP per image, forward and backward; GB of weights with gradients and moments; MB of activations per image, in single precision. Captions are taken as long as can be"
     with torch.device('meta'): o = make_objective(replace(run, micro=0)).train()
+    told = o.text.tokenize(['word '*99]).shape[1:] if o.captions else (1,)
     def step(n):
         views = [torch.empty(len(g)*n, 3, g[0].size, g[0].size, device='meta') for g in view_groups(run)]
-        tokens = torch.zeros((n, 2, run.context) if run.objective == 'clip-lm' else (n, run.context), dtype=torch.int64, device='meta')
+        tokens = torch.zeros((n, *told), dtype=torch.int64, device='meta')
         return o(views, tokens, torch.zeros(n, dtype=torch.int64, device='meta'))['loss']
     def kept(n):
         storages = {}
@@ -684,9 +685,11 @@ def ahead(t:'Trainer'):
     "Say what a run will take, if it is a long one"
     run, left = t.run, t.run.steps - t.step
     if left < 200: return
-    seconds, c = seconds_per_image(t)*left*run.batch, cost(run)
-    gb = c['state_gb'] + c['activations_mb']/1e3*min(run.micro or run.batch, run.batch//t.acc.num_processes)
-    if t.acc.is_main_process: say(f'{left*run.batch:,} images of {c["gflop"]:.3g} GFLOP; {gb:.2g} GB of weights and activations (activations as of single precision); about {max(seconds/60, 1):,.0f} minutes here, without probes')
+    minutes, work = max(seconds_per_image(t)*left*run.batch/60, 1), ''
+    try: c = cost(run)
+    except Exception: pass  # an objective of one's own need not run without data
+    else: work = f' of {c["gflop"]:.3g} GFLOP; {c["state_gb"] + c["activations_mb"]/1e3*min(run.micro or run.batch, run.batch//t.acc.num_processes):.2g} GB of weights and activations (activations as of single precision)'
+    if t.acc.is_main_process: say(f'{left*run.batch:,} images{work}; about {minutes:,.0f} minutes here, without probes')
 
 # %% ../nbs/02_pretrain.ipynb #c8c26a0c
 def export_encoder(encoder:nn.Module, run:Pretrain, folder:Path):
@@ -705,11 +708,12 @@ def open_encoder(folder:Path)->nn.Module:
 
 # %% ../nbs/02_pretrain.ipynb #ad47423f
 def ranks(queries, keys, batch:int=256)->torch.Tensor: # (n, D), (n, D) -> (n,)
-    "How many keys are more similar to each query than its own is"
+    "How many keys are more similar to each query than its own is; of those that are as similar, half"
     out = []
     for i in range(0, len(queries), batch):
         s = queries[i:i + batch] @ keys.T
-        out.append((s > s.diagonal(i)[:, None]).sum(1))
+        own = s.diagonal(i)[:, None]
+        out.append((s > own).sum(1) + ((s == own).sum(1) - 1)/2)
     return torch.cat(out)
 
 @torch.inference_mode()
@@ -725,6 +729,7 @@ def retrieval(trainer, source, batch:int=256)->dict:
         xs.append(o.embed_image(centre(torch.from_numpy(images[good]).to(device), torch.as_tensor(hw[good], device=device), trainer.run.image_size, MEAN, STD).to(o.proj.weight.dtype)))
         ts.append(o.embed_text(o.text.tokenize([captions[j] for j in good]).to(device)))
     xs, ts = torch.cat(xs), torch.cat(ts)
+    check(xs.isfinite().all() and ts.isfinite().all(), 'embeddings of held-out pairs are not finite')
     out = dict(pairs=len(xs), bad=len(source) - len(xs))
     for way, q, k in ('image_to_text', xs, ts), ('text_to_image', ts, xs):
         rank = ranks(q, k, batch)

@@ -24,7 +24,7 @@ import seaborn as sns
 import torch
 from torch.utils.data import DataLoader
 
-from .core import Progress, Settings, SettingsError, ahead, alone, cache_dir, check, cores, digest, environment, in_test, injected, locked, read_json, root, run_dir, say, theme, whole, write_json
+from .core import Progress, Settings, SettingsError, alone, cache_dir, check, cores, digest, environment, in_test, injected, locked, prefetch, read_json, root, run_dir, say, theme, whole, write_json
 from .encoders import Encoder, grid_of, load_encoder
 from .pretrain import LOOKS, check_settings, tensors_digest
 from .readouts import READOUTS, authors_probe, check_features, choose, few_shot, fit_maps, fit_probes, grid, interval, knn, map_classes, mean_iou, overlaps, paired, report, try_settings
@@ -113,7 +113,7 @@ def readers(device)->int:
 def read_ahead(source, ids:list, size:int, processes:int): # of each batch; 0: in a thread
     "Yields batches of pictures; the next are read meanwhile"
     read = Read(source, ids, size)
-    for made in DataLoader(read, batch_size=None, num_workers=min(processes, len(ids)), multiprocessing_context='fork' if sys.platform == 'linux' else None) if processes else ahead(read[k] for k in range(len(ids))):
+    for made in DataLoader(read, batch_size=None, num_workers=min(processes, len(ids)), multiprocessing_context='fork' if sys.platform == 'linux' else None) if processes else prefetch(read[k] for k in range(len(ids))):
         if isinstance(made, Exception): raise made
         yield made.numpy()
 

@@ -139,13 +139,13 @@ def minimise(f, w, h, tol:float, steps:int, memory:int=8): # f: (S, P), indices 
         d = direction(g, pairs, h[on])
         slope, step, old, old_v, old_g = (d*g).sum(1), torch.ones_like(v), w[on], v.clone(), g.clone()
         bad = torch.arange(len(on), device=w.device)
-        for _ in range(12):  # halve the steps that do not lead down
+        for k in range(12):  # halve the steps that do not lead down
+            if k: step[bad] /= 2
             new_v, new_g = f(old[bad] + step[bad, None]*d[bad], on[bad])
             count += 1
             v[bad], g[bad] = new_v, new_g
             bad = bad[~(new_v <= old_v[bad] + 1e-4*step[bad]*slope[bad] + 1e-6*old_v[bad])]
             if not len(bad): break
-            step[bad] /= 2
         w[on] = old + step[:, None]*d
         s, y = step[:, None]*d, g - old_g
         sy = (s*y).sum(1, keepdim=True)
@@ -311,12 +311,13 @@ def report(scores:torch.Tensor, y, names:tuple, worst:int=5)->dict: # (n, K), (n
     hit = order == y[:, None]
     matrix = torch.zeros(k, k).index_put_((y, order[:, 0]), torch.ones(len(y)), accumulate=True)
     seen = matrix.sum(1)
-    per_class = {names[c]: round((matrix[c, c]/seen[c]).item(), 4) for c in range(k) if seen[c]}
+    recall = {c: (matrix[c, c]/seen[c]).item() for c in range(k) if seen[c]}
+    per_class = {names[c] if names.count(names[c]) == 1 else f'{names[c]} ({c})': round(v, 4) for c, v in recall.items()}  # two of ImageNet's are cranes
     both = (matrix/seen.clamp(min=1)[:, None]).fill_diagonal_(0)
     both = (both + both.T).triu(1)/2
     pairs = [(divmod(i, k), both.flatten()[i].item()) for i in both.flatten().topk(min(worst, k*k)).indices.tolist()]
     return dict(top1=hit[:, 0].float().mean().item(), interval=interval(hit[:, 0]), top5=hit.any(1).float().mean().item(), pictures=len(y), classes=k, chance=1/k,
-                mean_class=float(np.mean(list(per_class.values()))), per_class=per_class, confused=[[names[a], names[b], round(v, 4)] for (a, b), v in pairs if v])
+                mean_class=float(np.mean([*recall.values()])), per_class=per_class, confused=[[names[a], names[b], round(v, 4)] for (a, b), v in pairs if v])
 
 def paired(a, b)->dict: # (n,) successes of two encoders on the same pictures, or any paired numbers
     "Difference a - b, its bootstrap interval, and the p-value of McNemar's exact test where the values are 0 or 1"

@@ -29,7 +29,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 from transformers.utils import logging
 
 from .chat import own_template
-from .core import Metrics, Progress, Settings, SettingsError, ahead, alone, check, digest, environment, in_test, injected, np_rng, one_of, read_json, root, run_dir, say, sync, theme, uniform, whole, write_json, writing
+from .core import Metrics, Progress, Settings, SettingsError, alone, check, digest, environment, in_test, injected, np_rng, one_of, prefetch, read_json, root, run_dir, say, sync, theme, uniform, whole, write_json, writing
 from .encoders import folder_of, load_encoder
 from .lm import make_tokenizer
 from .pretrain import LOOKS, check_kind, check_settings, tensors_digest
@@ -203,7 +203,7 @@ def ask(vlm:VLM, x, letters:list, how:str='both', max_new_tokens:int=16)->list: 
 def answers(vlm:VLM, questions:Questions, batches:list, how:str='both', blind:bool=False, max_new_tokens:int=16): # positions of each batch
     "Yields the rows of each batch; the next batch's pictures are read meanwhile"
     letters = None if how == 'generate' else letter_ids(vlm, questions.rows[0], blind)
-    for ids, x in zip(batches, ahead(inputs(vlm, questions, ids, blind, max_new_tokens) for ids in batches)):
+    for ids, x in zip(batches, prefetch(inputs(vlm, questions, ids, blind, max_new_tokens) for ids in batches)):
         try: got = ask(vlm, x, letters, how, max_new_tokens)
         except torch.OutOfMemoryError: raise SettingsError(f'batch={len(ids)} does not fit into the memory of {vlm.model.device}; give a smaller one') from None
         yield [dict(row=i, index=r['index'], category=r['category'], question=r['question'], options=[r[l] for l in LETTERS], answer=r['answer'], **a) for i, a in zip(ids, got) for r in [questions.rows[i]]]

@@ -213,4 +213,4 @@ def test_ranks_of_own_keys():
     q, k = (torch.nn.functional.normalize(torch.randn(23, 8, generator=torch.Generator().manual_seed(s)), dim=1) for s in (0, 1))
     s = q @ k.T
     assert ranks(q, k, batch=5).tolist() == [sum(float(x) > float(row[i]) for x in row) for i, row in enumerate(s)]
-    assert ranks(q, q, batch=7).tolist() == [0]*23
+    assert ranks(q, q, batch=7).tolist() == [0]*23 and ranks(torch.ones(5, 4), torch.ones(5, 4), batch=2).tolist() == [2]*5, 'what is all the same is in the middle'

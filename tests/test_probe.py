@@ -12,6 +12,7 @@ import clipdino.probe as probe
 from clipdino.core import CannotWrite, SettingsError, cache_dir, run_dir, write_json
 from clipdino.encoders import load_encoder
 from clipdino.pretrain import Probe, labelled_task, pretrain, settings as pretrain_settings
+from clipdino.readouts import report
 from helpers import shard
 
 ENCODER = 'random:clipdino_vit_smoke'
@@ -282,3 +283,7 @@ def test_pairs_of_folders_and_shards(tmp_path):
         analysis.analyse(analysis.settings('smoke', encoders=f'{ENCODER},random:clipdino_vit_mini', name='b', data=f'{tmp_path}/mine', pairs=500))
     with pytest.raises(SettingsError, match='no shards at'): analysis.analyse(analysis.settings('smoke', encoders=f'{ENCODER},random:clipdino_vit_mini', name='c', data=f'{tmp_path}/nowhere'))
     assert not Path('runs/b/result.json').exists()
+
+def test_classes_of_one_name_are_two():
+    r = report(torch.eye(3)[[0, 2, 2]], [0, 1, 2], ('crane', 'crane', 'dog'))
+    assert r['mean_class'] == pytest.approx(2/3) and r['per_class'] == {'crane (0)': 1., 'crane (1)': 0., 'dog': 1.}

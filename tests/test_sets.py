@@ -13,6 +13,7 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resiz
 import clipdino.data as data
 from clipdino.core import SettingsError
 from clipdino.data import BadData
+from clipdino.pretrain import labelled_task
 from clipdino.sets import Labelled, open_maps, open_set, whole_files
 
 def smooth(i, w=48, h=40):
@@ -132,3 +133,11 @@ def test_one_of_several_training_processes_has_its_share_of_the_cores(monkeypatc
     assert not isinstance(data.threads(), ThreadPoolExecutor)
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
     assert data.threads()._max_workers == 4
+
+def test_validation_pictures_are_of_all_classes(tmp_path):
+    "Also where one class has many more pictures, which come last in an order that goes round the classes"
+    for split, n in ('train', (40, 10)), ('test', (2, 2)):
+        for c, k in zip('ab', n):
+            for i in range(k): save(i, tmp_path/split/c/f'{i}.png')
+    (*_, y), (*_, held) = labelled_task(str(tmp_path), 16)['classes']
+    assert set(held.tolist()) == set(y.tolist()) == {0, 1} and (len(y), len(held)) == (40, 10)
