@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SIZES', 'CHANGED', 'SIDE', 'SYMBOLS', 'STRUCTURE', 'LEAST', 'AnalysisRun', 'settings', 'class_tokens', 'embed',
            'ratio', 'change', 'sensitivity', 'show_changes', 'symbol', 'mean_similarity', 'symbols', 'show_symbols',
-           'cka', 'uniformity', 'dimensions', 'class_ratio', 'alignment', 'all_layers', 'structure', 'conflict',
-           'conflicts', 'show_conflicts', 'ShardPictures', 'First', 'open_pictures', 'disagreement', 'analyse',
-           'analyse_in', 'dots', 'names_in', 'show_sensitivity', 'show_similarities', 'show_shared', 'show_gallery',
-           'show_cka', 'patch_colours', 'show_patches', 'collect', 'show_objectives']
+           'cka', 'hsic', 'gram', 'alike', 'uniformity', 'dimensions', 'class_gap', 'alignment', 'all_layers',
+           'structure', 'conflict', 'conflicts', 'show_conflicts', 'ShardPictures', 'First', 'open_pictures',
+           'disagreement', 'analyse', 'analyse_in', 'dots', 'names_in', 'show_sensitivity', 'show_similarities',
+           'show_shared', 'show_gallery', 'show_cka', 'patch_colours', 'show_patches', 'collect', 'show_objectives']
 
 # %% ../nbs/04_analysis.ipynb #8bd165a4
 import math
@@ -90,7 +90,7 @@ def ratio(top, bottom, draws:int=2000, seed:int=0)->tuple: # (n,), (n,) -> value
     return float(top.sum()/bottom.sum()), np.quantile((w @ top)/(w @ bottom), [.025, .975]).tolist()
 
 # %% ../nbs/04_analysis.ipynb #cdc6949e
-CHANGED = dict(object='object', word='word', count='several', position='placed', scale='object', rotation='object', colour='object', background='object', texture='object', style='object')  # factor -> kind of scene
+CHANGED = dict(object='object', word='word', count='several', position='placed', scale='placed', rotation='object', colour='object', background='object', texture='object', style='object')  # factor -> kind of scene
 
 def change(factor:str, n:int, canvas:int, seed:int=0)->tuple: # -> (n, S, S, 3) uint8 before, and after
     "Pictures of test scenes, and the same with one factor changed"
@@ -164,30 +164,36 @@ def show_symbols(n:int=5, size:int=96):
 # %% ../nbs/04_analysis.ipynb #4930aaa8
 def cka(x:torch.Tensor, y:torch.Tensor)->float: # (n, D), (n, E)
     "Linear centred kernel alignment, unbiased"
-    def gram(v):
-        v = v.double() - v.double().mean(0)
-        return (v @ v.T).fill_diagonal_(0)
-    def hsic(k, l):
-        n = len(k)
-        return (k*l).sum() + k.sum()*l.sum()/((n - 1)*(n - 2)) - 2*(k.sum(0) @ l.sum(0))/(n - 2)
-    k, l = gram(x), gram(y)
-    return (hsic(k, l)/(hsic(k, k)*hsic(l, l)).sqrt()).item()
+    return alike(gram(x), gram(y))
+
+def hsic(k, l)->torch.Tensor: # (n, n), without diagonals
+    n = len(k)
+    return (k*l).sum() + k.sum()*l.sum()/((n - 1)*(n - 2)) - 2*(k.sum(0) @ l.sum(0))/(n - 2)
+
+def gram(x:torch.Tensor)->tuple: # (n, D) -> (n, n), its own `hsic`
+    "Similarities of pictures in one layer, which many others are compared with"
+    x = x.double() - x.double().mean(0)
+    k = (x @ x.T).fill_diagonal_(0)
+    return k, hsic(k, k)
+
+def alike(a:tuple, b:tuple)->float: # of `gram`
+    return (hsic(a[0], b[0])/(a[1]*b[1]).sqrt()).item()
 
 def uniformity(z:torch.Tensor)->float: # (n, D) unit length
     return torch.pdist(z.float()).square().mul(-2).exp().mean().log().item()
 
 def dimensions(x:torch.Tensor)->dict: # (n, D)
     "Effective number of dimensions"
-    s = torch.linalg.svdvals(x.double() - x.double().mean(0))
-    v, p = s.square(), s/s.sum()
+    v, s = torch.linalg.svdvals(x.double() - x.double().mean(0)).square(), torch.linalg.svdvals(x.double())
+    p = s/s.sum()
     return dict(participation=(v.sum()**2/v.square().sum()).item(), rankme=torch.special.entr(p).sum().exp().item())
 
-def class_ratio(z:torch.Tensor, y:np.ndarray)->dict: # (n, D) unit length, (n,)
+def class_gap(z:torch.Tensor, y:np.ndarray)->dict: # (n, D) unit length, (n,)
     "Mean similarity within and between classes"
     s, same = z.double() @ z.double().T, torch.from_numpy(y[:, None] == y)
     off = ~torch.eye(len(z), dtype=torch.bool)
     within, between = s[same & off].mean().item(), s[~same].mean().item()
-    return dict(within=within, between=between, ratio=within/between)
+    return dict(within=within, between=between, gap=within - between)
 
 def alignment(encoder:Encoder, images, run:AnalysisRun)->float: # uint8 (n, S, S, 3)
     "Mean squared distance of two crops of each picture"
@@ -207,13 +213,13 @@ def all_layers(encoder:Encoder, images, batch:int)->list: # -> depth tensors (n,
 
 def structure(encoders:list, images, labels, run:AnalysisRun)->dict: # uint8 (n, S, S, 3), (n,) or None
     "Everything above, for all encoders"
-    layers = {e.name: all_layers(e, images, run.batch) for e in encoders}
+    layers = {e.name: [gram(x.to(e.device, torch.float64)) for x in all_layers(e, images, run.batch)] for e in encoders}
     rows = []
     for e in encoders:
         x = embed(e, images, run.layer, run.batch)
-        rows.append(dict(encoder=e.name, alignment=alignment(e, images, run), uniformity=uniformity(x), **dimensions(x), **({} if labels is None else class_ratio(x, labels))))
+        rows.append(dict(encoder=e.name, alignment=alignment(e, images, run), uniformity=uniformity(x), **dimensions(x), **({} if labels is None else class_gap(x, labels))))
     pairs = [(a.name, b.name) for a, b in combinations(encoders, 2)]
-    return dict(pictures=len(images), rows=rows, cka=[dict(first=a, second=b, layers=[[cka(x, y) for y in layers[b]] for x in layers[a]]) for a, b in pairs])
+    return dict(pictures=len(images), rows=rows, cka=[dict(first=a, second=b, layers=[[alike(x, y) for y in layers[b]] for x in layers[a]]) for a, b in pairs])
 
 # %% ../nbs/04_analysis.ipynb #f3833a09
 def conflict(i:int, canvas:int, seed:int=0)->tuple: # -> (canvas, canvas, 3) uint8, class of the silhouette, class of the filling
