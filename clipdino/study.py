@@ -511,6 +511,7 @@ def show_claims(tables:dict): # of `judgements`
         ax.axvline(0, color='grey', lw=1)
         if u == 'points': ax.axvspan(-MARGIN, MARGIN, color='.93', zorder=0)
         ax.set(yticks=range(len(ids)), yticklabels=[f'{CLAIMS[i].says}  ({i})' for i in ids], ylim=(len(ids) - .4, -.6), xlabel=f'difference, {u}')
+        ax.locator_params(axis='x', nbins=6)
     def marks(labels, **looks): return [(plt.Line2D([], [], ls='', **{k: f(v) for k, f in looks.items()}), v) for v in labels]
     have = marks((v for v in VERDICTS if v in set(t.verdict)), color=VERDICTS.get, marker=lambda v: 'o') + marks((w for k, w in enumerate(tables) if k in set(t.way)), color=lambda w: 'k', marker=lambda w: 'os^'[list(tables).index(w)])
     fig.legend(*zip(*have), loc='outside lower center', ncols=4)
