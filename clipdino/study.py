@@ -311,7 +311,7 @@ def of_vlms(r:Results, objective:str, protocol:str, variant:str='', seeds=None)-
     "Which questions an objective's VLMs answer right"
     runs = r.answers[(r.answers.objective == objective) & (r.answers.variant == variant) & ~r.answers.blind].sort_values('seed')
     runs = runs[(runs[vmcbench.PROTOCOLS[protocol]] != '') & (runs.seed.isin(seeds) if seeds is not None else True)]  # not all were asked in each way
-    check(runs.seed.is_unique, f'answers: {objective} has several for seed {runs.seed[runs.seed.duplicated()][:1].tolist()}')
+    check(runs.seed.is_unique, f'answers: {objective} has several for seed {runs.seed[runs.seed.duplicated()][:1].tolist()}; keep the scoring of one VLM for each seed: {", ".join(runs.run[runs.seed.duplicated(keep=False)][:3])}')
     return dict(zip(runs.seed, right(runs, r.questions, protocol))) if len(runs) else {}
 
 def on_average(r:Results, members, values, aggregation:str)->Effect: # (s, n) numbers of questions
@@ -464,7 +464,7 @@ def outcome(e:Effect, sign:int)->tuple: # -> p-value, what it would show
     return (same, 'replicated') if same <= other else (other, 'reversed')
 
 def judge(r:Results, **how)->pd.DataFrame: # arguments of the claims; those claims are judged that have them
-    "Every claim with its effect, interval and verdict"
+    "Every claim with its effect, interval, each seed's effect and verdict; `p` is corrected, `p_at_0` is what a test of equality would have had, uncorrected, with an effect of 0"
     rows = []
     for c in (c for c in CLAIMS.values() if set(how) <= set(signature(c.f).parameters)):
         row = dict(claim=c.id, says=c.says, paper=c.paper, floor='', why='')

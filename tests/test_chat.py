@@ -2,7 +2,6 @@
 import json, random
 from collections import Counter
 from datetime import datetime
-from itertools import accumulate
 
 import numpy as np
 import pytest

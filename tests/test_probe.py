@@ -57,6 +57,12 @@ def test_features_are_made_once_and_right(monkeypatch):
     assert (probe.features(e, s, batch=7) == x).all()
     with pytest.raises(ValueError): x[0] = 0
 
+def test_features_in_half_precision():
+    "Are others, and half as large"
+    e, s = load_encoder(ENCODER), Set()
+    x, half = (probe.features(e, s, probe.patch_tokens, dtype=d) for d in ('float32', 'float16'))
+    assert (half.dtype, 2*half.nbytes, len(files())) == (np.float16, x.nbytes, 2) and np.allclose(half, x, atol=1e-2) and not (half == x).all()
+
 def test_features_of_pictures_that_processes_read(monkeypatch):
     e, s = load_encoder(ENCODER), Set()
     x = np.array(probe.features(e, s, batch=16))

@@ -264,6 +264,7 @@ def test_a_complete_run_is_looked_up_without_its_data(tmp_path, monkeypatch):
     (tmp_path/'0.tar').unlink()
     assert pretrain(run) == result
     with pytest.raises(SettingsError, match='no shards at 0.tar'): pretrain(settings('smoke', name='y', data='0.tar', probes=0))
+    with pytest.raises(SettingsError, match='batch=16 is more than the 8 pictures that there are'): pretrain(settings('smoke', name='z', images=8, probes=0))
     assert not Path('runs/y').exists()
 
 def test_two_precisions_in_one_process(tmp_path):
