@@ -346,7 +346,7 @@ class Claim:
     def lacks(self, r, **how)->str:
         "What it presupposes and is not shown, each at 5 % and uncorrected; empty if all is"
         low = [o for o in self.learned if self.f(r, o, 'untrained', **how).above(0) >= ALPHA]
-        if low: return f'{" and ".join(low)} not shown better than untrained'
+        if low: return f'{" and ".join(o.upper() for o in low)} not shown better than untrained'
         return next((k for k, e in self.presumes(r, **how).items() if e.above(0) >= ALPHA), '') if self.presumes else ''
 
 CLAIMS = {}
@@ -500,6 +500,7 @@ def sensitivity(r:Results)->pd.DataFrame: # columns: claims
 
 # %% ../nbs/07_study.ipynb #8de7418c
 VERDICTS = {'replicated': 'C0', 'reversed': 'C3', 'inconclusive': '.55', 'not shown better': '.8'}
+UNITS = dict(points='percentage points', distances='distances between unrelated scenes', cosine='cosine similarity')
 
 def show_claims(tables:dict): # of `judgements`
     "Effects with their intervals, by unit; the colour is the verdict, the marker the way"
@@ -511,21 +512,19 @@ def show_claims(tables:dict): # of `judgements`
         for c in t[t.unit == u].itertuples(): ax.errorbar(c.effect, ids.index(c.claim) + .24*(c.way - (len(tables) - 1)/2), xerr=[[c.effect - c.low], [c.high - c.effect]], fmt='os^'[c.way], ms=5, lw=1.5, color=VERDICTS[c.verdict])
         ax.axvline(0, color='grey', lw=1)
         if u == 'points': ax.axvspan(-MARGIN, MARGIN, color='.93', zorder=0)
-        ax.set(yticks=range(len(ids)), yticklabels=[f'{CLAIMS[i].says}  ({i})' for i in ids], ylim=(len(ids) - .4, -.6), xlabel=f'difference, {u}')
+        ax.set(yticks=range(len(ids)), yticklabels=[f'{CLAIMS[i].says}  ({i})' for i in ids], ylim=(len(ids) - .4, -.6), xlabel=f'difference, {UNITS.get(u, u)}')
         ax.locator_params(axis='x', nbins=6)
     def marks(labels, **looks): return [(plt.Line2D([], [], ls='', **{k: f(v) for k, f in looks.items()}), v) for v in labels]
     have = marks((v for v in VERDICTS if v in set(t.verdict)), color=VERDICTS.get, marker=lambda v: 'o') + marks((w for k, w in enumerate(tables) if k in set(t.way)), color=lambda w: 'k', marker=lambda w: 'os^'[list(tables).index(w)])
     fig.legend(*zip(*have), loc='outside lower center', ncols=4)
 
 # %% ../nbs/07_study.ipynb #605b6e03
-UNITS = dict(points='points', distances='', cosine='')
-
 def measured(c)->str: # row of `judge`
     "Effect and interval of a claim; nothing if there is none"
     if c.effect != c.effect: return ''
     digits = DIGITS[c.unit]
     def number(x): return f'{round(x, digits) + 0.:+.{digits}f}'  # the sum: no -0.0
-    return number(c.effect) + f' {UNITS[c.unit]}'.rstrip() + (f' [{number(c.low)},\xa0{number(c.high)}]' if c.low == c.low else '')  # which no line breaks in two
+    return number(c.effect) + ' points'*(c.unit == 'points') + (f' [{number(c.low)},\xa0{number(c.high)}]' if c.low == c.low else '')  # which no line breaks in two
 
 def ruled(c)->str: # row of `judge`
     "Verdict of a claim, or what it presupposes and is not shown"
@@ -584,7 +583,7 @@ if __name__ == '__main__' and '__file__' in globals():  # as a program; in a not
 # %% ../nbs/07_study.ipynb #c7bc0bb6
 LINES = {'linear probe': dict(objects='object', words='word', colour='colour', style='style'), 'VLM': dict(OCR=list(GROUPS['OCR']), Vision=list(VISION), all=list(CATEGORIES))}  # what is followed: tasks, or data sets of questions
 LINE_COLOURS = dict(objects='C0', words='C1', colour='C3', style='C4', OCR='C1', Vision='C2', all='k')
-VARIED = dict(images='distinct images', captions='captions', samples='images seen by CLIP, DINO at its end', stage1_samples='captions seen in stage 1', stage2_samples='conversations seen in stage 2', connector='connector', llm='language model')  # setting -> what figures call it
+VARIED = dict(images='distinct images', captions='captions', samples='images seen by CLIP (DINO: full run)', stage1_samples='captions seen in stage 1', stage2_samples='conversations seen in stage 2', connector='connector', llm='language model')  # setting -> what figures call it
 ONLY_CLIP = 'captions', 'samples'  # which DINO's runs do not vary with
 
 def runs_of(r:Results, how:str)->pd.DataFrame: return r.answers[~r.answers.blind] if how == 'VLM' else r.probe
@@ -666,7 +665,7 @@ def show_kinds(tables:dict): # name of a matching -> of `kinds_of_tasks`
 
 # %% ../nbs/07_study.ipynb #ce22d4a7
 def show_pairs(r:Results, seed:int=0, n:int=6, size:int=96):
-    "Pairs that CLIP holds for alike and DINO for unlike, and the reverse, with both similarities"
+    "Pairs that CLIP finds similar and DINO dissimilar, and the reverse, with both similarities"
     two = [f'{o}-{r.preset}-s{seed}' for o in ('clip', 'dino')]
     t = r.pairs[r.pairs.alike_for.isin(two) & r.pairs.unlike_for.isin(two)]
     check(len(t), f'no pairs of seed {seed} were gathered')
@@ -675,7 +674,7 @@ def show_pairs(r:Results, seed:int=0, n:int=6, size:int=96):
         for column, p in zip(half.subplots(2, n, squeeze=False).T, rows.head(n).itertuples()):
             for ax, i in zip(column, (p.i, p.j)): ax.imshow(render(scene(0, 'test', int(i), 'mixed'), size)), ax.set_axis_off()
             column[0].set_title(f'{p.first:.2f}  {p.second:.2f}', size=8)
-        half.suptitle(f'alike for {alike.split("-")[0].upper()}, unlike for {p.unlike_for.split("-")[0].upper()} (cosine similarity: CLIP, DINO)', size=9)
+        half.suptitle(f'similar for {alike.split("-")[0].upper()}, dissimilar for {p.unlike_for.split("-")[0].upper()} (cosine similarity: CLIP, DINO)', size=9)
 
 def show_patch_tokens(r:Results, size:int=96):
     "Test pictures, and the patch tokens of each encoder in the colours of their first three principal components"

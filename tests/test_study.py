@@ -76,10 +76,10 @@ def test_seeds_that_disagree_leave_it_open(tmp_path):
 
 def test_encoders_that_learned_nothing_are_not_compared(tmp_path):
     t = judged(tmp_path, values={('dino', 'object'): .2, ('clip', 'object'): .2}, answers=dict(clip=lambda c: .3, dino=lambda c: .3, siglip=lambda c: .3))
-    assert t.verdict['1'] == 'not shown better' and t.floor['1'] == 'clip and dino not shown better than untrained'
-    assert t.verdict['7s'] == 'not shown better' and t.floor['7t'] == 'clip not shown better than untrained'
+    assert t.verdict['1'] == 'not shown better' and t.floor['1'] == 'CLIP and DINO not shown better than untrained'
+    assert t.verdict['7s'] == 'not shown better' and t.floor['7t'] == 'CLIP not shown better than untrained'
     v = verdicts(dict(one=t.reset_index(), other=t.iloc[:1].reset_index())).set_index('')
-    assert v.one['7t'].endswith('], clip not shown better than untrained') and v.other['1'].endswith('clip and dino not shown better than untrained') and v.other['2'] == ''
+    assert v.one['7t'].endswith('], CLIP not shown better than untrained') and v.other['1'].endswith('CLIP and DINO not shown better than untrained') and v.other['2'] == ''
 
 def test_choices_that_are_not_a_claims_are_empty(tmp_path):
     t = sensitivity(Results('mini', write(tmp_path, **AS_THE_PAPER)))
