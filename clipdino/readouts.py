@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['READOUTS', 'NORMS', 'BLOCK', 'AUTHORS', 'IGNORED', 'Setting', 'grid', 'check_features', 'tensor', 'flat', 'Blocks',
            'logistic', 'direction', 'minimise', 'fit', 'Linear', 'fit_probes', 'held_out', 'try_settings', 'choose',
-           'linear_probe', 'accuracy', 'adamw', 'authors_probe', 'knn', 'few_shot', 'interval', 'joined', 'report',
+           'linear_probe', 'accuracy', 'adamw', 'authors_probe', 'knn', 'few_shot', 'interval', 'half_width', 'report',
            'paired', 'map_scores', 'fit_maps', 'map_classes', 'overlaps', 'mean_iou']
 
 # %% ../nbs/01_readouts.ipynb #16dff00c
@@ -16,7 +16,7 @@ from itertools import product
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm, t as student
 from torch.nn import functional as F
 
 from .core import check, generator, one_of, permute
@@ -297,12 +297,10 @@ def interval(values, level:float=.95, draws:int=4000, seed:int=0)->list: # (n,) 
     means = np.concatenate([g.multinomial(n, counts/n, min(block, draws - d)) @ v/n for d in range(0, draws, block)])
     return np.quantile(means, [(1 - level)/2, (1 + level)/2]).tolist()
 
-def joined(each, within:float)->tuple: # (s,) values of the seeds; standard error that all share -> mean, standard error, degrees of freedom
-    "The mean over seeds, as sure as their differences and what they share leave it (Satterthwaite, 1946)"
-    each = np.asarray(each, np.float64)
-    between = each.var(ddof=1)/len(each) if len(each) > 1 else 0.  # of one seed nothing is known but what it shares
-    var = between + within**2
-    return each.mean(), math.sqrt(var), (len(each) - 1)*(var/between)**2 if between else math.inf
+def half_width(each, within:float, alpha:float=.05)->np.ndarray: # (..., s) values of the seeds; standard error that all share; how often the interval may miss -> (...)
+    "Half of the interval of a mean over seeds: Student's of their spread and the normal one of what they share, squared and added (Howe, 1974). Of one seed nothing is known but what it shares"
+    s, shared = np.shape(each)[-1], norm.isf(alpha/2)*within
+    return np.hypot(student.isf(alpha/2, s - 1)*np.std(each, axis=-1, ddof=1)/math.sqrt(s), shared) if s > 1 else shared
 
 def report(scores:torch.Tensor, y, names:tuple, worst:int=5)->dict: # (n, K), (n,)
     "Top-1 and top-5 accuracy with interval, mean accuracy of classes, and the pairs that are confused most"

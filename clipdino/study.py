@@ -27,7 +27,8 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from IPython.display import Markdown
-from scipy.stats import norm, t as student
+from scipy.optimize import brentq
+from scipy.stats import norm
 from statsmodels.stats.multitest import multipletests
 
 import clipdino.analysis as analysis, clipdino.pretrain as pretrain, clipdino.probe as probe, clipdino.vlm as vlm, clipdino.vmcbench as vmcbench
@@ -35,7 +36,7 @@ from .core import PRESETS, SettingsError, check, digest, one_of, read_json, root
 from .encoders import load_encoder
 from .pairs import distinct
 from .questions import CATEGORIES, GROUPS, LETTERS, VISION, Questions
-from .readouts import joined
+from .readouts import half_width
 from .sets import SETS
 from .vmcbench import aggregate, predictions, right, short
 from .world import POLICIES, render, scene
@@ -218,22 +219,25 @@ class Results:
 class Effect:
     "A difference, and how well it is known"
     value: float
-    se: float
-    df: float = math.inf  # degrees of freedom
-    seeds: tuple = ()  # the difference of each seed
+    seeds: tuple  # the difference of each seed
+    within: float = 0.  # standard error that all seeds share
     unit: str = 'points'
 
-    def interval(self, level:float=.95)->tuple:
-        half = student.ppf(.5 + level/2, self.df)*self.se
+    def interval(self, alpha:float=.05)->tuple:
+        half = float(half_width(self.seeds, self.within, alpha))
         return self.value - half, self.value + half
     def above(self, x:float)->float: # p-value of the effect being at most x
-        return float(student.sf((self.value - x)/self.se, self.df)) if self.se else float(self.value <= x)
+        "From the interval that ends at `x`"
+        distance, least = abs(self.value - x), -300.
+        def lacks(log_alpha): return half_width(self.seeds, self.within, math.exp(log_alpha)) - distance
+        p = 1. if distance == 0 else math.exp(brentq(lacks, least, 0.)) if lacks(least) > 0 else 0.
+        return p/2 if self.value > x else 1 - p/2
     def below(self, x:float)->float: # p-value of the effect being at least x
         return replace(self, value=-self.value).above(-x)
 
 def effect(differences, within:float=0., unit:str='points')->Effect: # of the seeds; standard error that all seeds share
     "Mean over seeds"
-    return Effect(*joined(differences, within), tuple(differences), unit)
+    return Effect(float(np.mean(differences)), tuple(differences), within, unit)
 
 def by_seed(t:pd.DataFrame, a:str, b:str, what:str)->tuple: # rows with objective, seed, value, low, high -> (s,) differences, standard error
     "Two objectives' values, paired by seed"

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from scipy.stats import norm, t as student
+from scipy.stats import norm
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
@@ -35,7 +35,7 @@ from .lm import make_tokenizer
 from .pretrain import LOOKS, check_kind, check_settings, tensors_digest
 from .probe import device_of, objective_of, slug
 from .questions import CATEGORIES, GROUPS, LETTERS, VISION, Questions, open_questions, prompt
-from .readouts import joined, paired
+from .readouts import half_width, paired
 from .vlm import make_processor, make_vlm, save_vlm, seeded, settings as vlm_settings  # and makes our towers and connectors known to transformers
 from .worldvqa import TASKS, WorldVQA
 
@@ -263,7 +263,7 @@ def levels(categories:list)->dict: # of the questions -> level -> data sets
     return dict(overall=have, **{g: m for g, members in SUBSETS.items() if (m := [c for c in members if c in have])}), {c: [c] for c in have}
 
 def aggregate(values, categories:list, draws:int=DRAWS)->dict: # (n,) numbers of questions, or (s, n) of several seeds -> aggregation -> level -> value, interval, n
-    "Means by data set, group and overall, in each of the ways, with 95% intervals: by bootstrap over questions, and joined with how much seeds differ"
+    "Means by data set, group and overall, in each of the ways, with 95% intervals: by bootstrap over questions; of several seeds with how much they differ"
     (groups, sets), values, categories = levels(categories), np.atleast_2d(np.asarray(values, np.float64)), np.array(categories)
     at = {c: k for k, c in enumerate(sets)}
     size, means, boot = np.empty(len(at)), np.empty((len(values), len(at))), np.empty((draws, len(at)))
@@ -276,8 +276,8 @@ def aggregate(values, categories:list, draws:int=DRAWS)->dict: # (n,) numbers of
         w = size[k]/size[k].sum() if over == 'questions' else np.full(len(k), 1/len(k))
         each, ends = means[:, k] @ w, np.quantile(boot[:, k] @ w, [.025, .975])
         if len(each) > 1:
-            mean, se, df = joined(each, np.ptp(ends)/2/norm.ppf(.975))
-            ends = np.clip(mean + student.ppf([.025, .975], df)*se, values.min(), values.max())  # no mean can be beyond
+            half = half_width(each, np.ptp(ends)/2/norm.ppf(.975))
+            ends = np.clip(each.mean() + half*np.array([-1, 1]), values.min(), values.max())  # no mean can be beyond
         return dict(value=float(each.mean()), interval=ends.tolist(), n=int(size[k].sum()))
     ways = {a: {g: cell(m, total if g == 'overall' else group) for g, m in groups.items()} for a, (group, total) in AGGREGATIONS.items()}
     return dict(data_sets={c: cell(m, 'questions') for c, m in sets.items()}, **ways)

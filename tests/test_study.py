@@ -1,5 +1,6 @@
 "From result files to verdicts: made-up results of which the verdict is known, and results that must be refused."
 import math, re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,7 @@ from clipdino.analysis import patch_colours
 from clipdino.core import SettingsError, digest
 from clipdino.encoders import load_encoder
 from clipdino.questions import GROUPS, LETTERS, VISION
-from clipdino.study import CLAIMS, RESULTS, Effect, Results, abstract, aligned, along, collect, deciding, effect, in_training, judge, judgements, kinds_of_tasks, like, matched, measured, moves, outcome, read_table, sensitivity, show_moves, told, verdicts
+from clipdino.study import CLAIMS, RESULTS, Effect, Results, abstract, aligned, along, collect, deciding, effect, in_training, judge, judgements, kinds_of_tasks, like, matched, measured, moves, outcome, read_table, sensitivity, show_moves, told, two_sided, verdicts
 from clipdino.world import render, scene
 from clipdino.worldvqa import WorldVQA
 
@@ -158,7 +159,7 @@ def test_kinds_of_tasks_beside_each_other(tmp_path):
 def test_what_claims_say_in_words(tmp_path):
     r = Results('mini', write(tmp_path, **AS_THE_PAPER))
     tables = judgements(r)
-    assert re.fullmatch(r'- \*\*CLIP is better within families of classes\*\* \(claim 2; the paper: .+\)\. Equal samples: \+(9|10)\.\d points \[\+\d+\.\d,\s\+\d+\.\d\], \*replicated\* \(p\s<\s\.001\); Equal accuracy: \*incomplete\* \(there are no runs of clip .+\)\.', told(tables, '2').data)
+    assert re.fullmatch(r'- \*\*CLIP is better within families of classes\*\* \(claim 2; the paper: .+\)\. Equal samples: \+(9|10)\.\d points \[\+\d+\.\d,\s\+\d+\.\d\], \*replicated\* \(p\s=\s0\.0\d\d\); Equal accuracy: \*incomplete\* \(there are no runs of clip .+\)\.', told(tables, '2').data)
     v = verdicts(tables)
     assert list(v['']) == list(CLAIMS) and set(v['equal accuracy']) == {'incomplete', ''} and v['equal samples'][4].startswith('-0.20 [')
     t = show_moves(r)
@@ -210,12 +211,23 @@ def test_an_effect_between_few_seeds_and_many_pictures():
     e = effect(d)
     assert e.interval() == pytest.approx(ttest_1samp(d, 0).confidence_interval()) and 2*e.above(0) == pytest.approx(ttest_1samp(d, 0).pvalue)
     assert effect([1., 1., 1.], .5).interval() == pytest.approx((1 - .5*1.959964, 1 + .5*1.959964))
-    wide, df = effect(d, 2.), 2*((7/9 + 4)/(7/9))**2
-    assert wide.df == pytest.approx(df) and wide.interval()[1] == pytest.approx(7/3 + student.ppf(.975, df)*math.sqrt(7/9 + 4))
+    assert effect(d, 2.).interval()[1] == pytest.approx(7/3 + math.hypot(student.ppf(.975, 2)*math.sqrt(7/9), 1.959964*2))
+
+@pytest.mark.parametrize('d, within', [((1., 2., 4.), 2.), ((1., 2., 4.), 0.), ((1., 1.), .5), ((1.5,), .7)])
+@pytest.mark.parametrize('alpha', [.5, .05, 1e-6, 1e-12])
+def test_tests_are_the_intervals(d, within, alpha):
+    e = effect(d, within)
+    low, high = e.interval(alpha)
+    assert e.above(low) == pytest.approx(alpha/2, rel=1e-6) and e.below(high) == pytest.approx(alpha/2, rel=1e-6) and e.above(high) == pytest.approx(1 - alpha/2)
+    assert two_sided(replace(e, value=0.)) == 1. and replace(e, value=1e9).above(0) < 1e-8
+
+def test_seeds_that_agree_and_share_nothing():
+    e = effect((1., 1.))
+    assert (e.above(0), e.below(0), e.interval()) == (0., 1., (1., 1.))
 
 @pytest.mark.parametrize('value, se, sign, verdict, p', [(3., 1., 1, 'replicated', .0027), (-3., 1., 1, 'reversed', .0027), (0., .5, 0, 'replicated', 3.17e-5), (1.9, 1., 0, 'replicated', .46), (5., 1., 0, 'reversed', .0027)])
 def test_tests_by_hand(value, se, sign, verdict, p):
-    got, shows = outcome(Effect(value, se), sign)
+    got, shows = outcome(Effect(value, (value,), se), sign)
     assert shows == verdict and got == pytest.approx(p, rel=.01)
 
 def test_intervals_cover():
@@ -296,7 +308,7 @@ def test_variants_are_not_mixed_with_the_main_runs(tmp_path):
 
 BOTH_LLMS = [(o, 'llm=other') for o in ('clip', 'dino')]
 
-@pytest.mark.parametrize('clip, dino, own, verdict', [(.6, .5, (.9, .6), 'replicated'), (.9, .6, (.6, .5), 'replicated'), (.8, .5, (.9, .8), 'reversed'), (.9, .8, (.8, .5), 'reversed'), (.9, .5, (.8, .6), 'dino not shown to answer more with one of them'),
+@pytest.mark.parametrize('clip, dino, own, verdict', [(.6, .5, (.9, .6), 'replicated'), (.95, .5, (.6, .5), 'replicated'), (.8, .5, (.9, .8), 'reversed'), (.9, .8, (.8, .5), 'reversed'), (.9, .5, (.8, .6), 'dino not shown to answer more with one of them'),
                                                      (.9, .45, (.6, .6), 'dino not shown to answer more with one of them'), (.25, .25, (.9, .5), 'clip not shown above chance with both'), (.9, .5, (.4, .25), 'dino not shown above chance with both')])
 def test_gaps_with_two_language_models(tmp_path, clip, dino, own, verdict):
     "Whichever is the better one; and the claim means nothing if one of them is not better for both encoders, or the other good for nothing"
@@ -312,7 +324,7 @@ def test_seeds_that_both_language_models_have(tmp_path):
     same = own[own.encoder.str.match('(clip|dino)-mini-s[01]')].assign(vlm=lambda t: t.vlm + 'llm=other', run=lambda t: t.run + 'llm=other')
     pd.concat([own, same]).to_csv(tmp_path/'vmcbench_mini.csv', index=False)
     e = CLAIMS['8'].f(Results('mini', tmp_path))
-    assert (e.value, e.se, e.seeds) == (0, 0, (0, 0)), 'the same answers, of two of three seeds'
+    assert (e.value, e.within, e.seeds) == (0, 0, (0, 0)), 'the same answers, of two of three seeds'
     pd.concat([own, same[same.encoder.str.startswith(('clip-mini-s0', 'dino-mini-s1'))]]).to_csv(tmp_path/'vmcbench_mini.csv', index=False)
     with pytest.raises(SettingsError, match='llm=other and that of the preset, have no seed in common'): CLAIMS['8'].f(Results('mini', tmp_path))
     write(tmp_path, **AS_THE_PAPER, more=[*BOTH_LLMS, ('clip', 'llm=third')])

@@ -234,10 +234,10 @@ def test_intervals_over_three_seeds_cover(spread):
     assert hits >= 88  # of 100, at 95%
 
 def test_intervals_over_three_seeds_are_no_wider_than_they_need_be():
-    "Where seeds differ by their answers alone: little wider than if the spread were known"
+    "Where seeds differ by their answers alone: wider than if their spread were known, and narrower than Student's, which is 2.2 times as wide"
     g, widths = np.random.default_rng(0), []
     for _ in range(40): widths.append(np.ptp(aggregate(.3*g.normal(size=200) + .55*g.normal(size=(3, 200)), ['GQA']*200, draws=800)['twenty']['overall']['interval'])/2)
-    assert 1 < np.mean(widths)/(1.96*(.3**2/200 + .55**2/600)**.5) < 1.5
+    assert 1 < np.mean(widths)/(1.96*(.3**2/200 + .55**2/600)**.5) < 2
 
 def test_no_mean_is_beyond_its_numbers():
     cells = aggregate([[1.]*99 + [0.], [1.]*100, [.0]*60 + [1.]*40], ['GQA']*100)['twenty']
