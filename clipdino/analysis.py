@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SIZES', 'CHANGED', 'SIDE', 'SYMBOLS', 'STRUCTURE', 'LEAST', 'AnalysisRun', 'settings', 'class_tokens', 'embed',
            'ratio', 'change', 'sensitivity', 'show_changes', 'symbol', 'mean_similarity', 'symbols', 'show_symbols',
-           'cka', 'hsic', 'gram', 'alike', 'uniformity', 'dimensions', 'class_gap', 'alignment', 'all_layers',
-           'structure', 'conflict', 'conflicts', 'show_conflicts', 'ShardPictures', 'First', 'open_pictures',
-           'disagreement', 'analyse', 'analyse_in', 'dots', 'names_in', 'show_sensitivity', 'show_similarities',
-           'show_shared', 'show_gallery', 'show_cka', 'patch_colours', 'show_patches', 'collect', 'show_objectives']
+           'hsic', 'gram', 'cka', 'uniformity', 'dimensions', 'class_gap', 'alignment', 'all_layers', 'structure',
+           'conflict', 'conflicts', 'show_conflicts', 'ShardPictures', 'First', 'open_pictures', 'disagreement',
+           'analyse', 'analyse_in', 'dots', 'names_in', 'show_sensitivity', 'show_similarities', 'show_shared',
+           'show_gallery', 'show_cka', 'patch_colours', 'show_patches', 'collect', 'show_objectives']
 
 # %% ../nbs/04_analysis.ipynb #8bd165a4
 import math
@@ -22,16 +22,15 @@ import pandas as pd
 import seaborn as sns
 import torch
 from PIL import Image
-from scipy.stats import binomtest
 from torch.nn import functional as F
 
-from .core import Settings, SettingsError, alone, check, digest, environment, in_test, injected, one_of, read_json, root, run_dir, say, theme, whole, write_json
+from .core import Settings, SettingsError, alone, check, digest, environment, in_test, injected, listed, one_of, read_json, root, run_dir, say, theme, whole, write_json
 from .data import Shards, middle
 from .encoders import Encoder, grid_of, load_encoder
 from .pairs import THRESHOLDS, Pairs, by_ranks, by_thresholds, distinct, shared
-from .pretrain import check_settings
+from .pretrain import check_settings, looked_up
 from .probe import Pictures, device_of, features, over_seeds, picture, slug
-from .readouts import linear_probe
+from .readouts import linear_probe, wilson
 from .sets import open_set
 from .views import View, make_views
 from .world import (COLOURS, HUES, NAMES, OBJECTS, STYLES, background, angle_of, counterfactual, ink, object_mask, place, render, scene, shade, stylise, tones)
@@ -64,7 +63,7 @@ class AnalysisRun(Settings):
         check(len(set(self.names)) == len(self.names), f'encoders={self.encoders!r} names one twice')
 
     @property
-    def names(self)->list: return [e for e in (p.strip() for p in self.encoders.split(',')) if e]
+    def names(self)->list: return listed(self.encoders)
     @property
     def folder_name(self)->str: return self.name or '-'.join(['analysis', *map(slug, self.names)])
 
@@ -162,10 +161,6 @@ def show_symbols(n:int=5, size:int=96):
         line[0].set_ylabel(label)
 
 # %% ../nbs/04_analysis.ipynb #4930aaa8
-def cka(x:torch.Tensor, y:torch.Tensor)->float: # (n, D), (n, E)
-    "Linear centred kernel alignment, unbiased"
-    return alike(gram(x), gram(y))
-
 def hsic(k, l)->torch.Tensor: # (n, n), without diagonals
     n = len(k)
     return (k*l).sum() + k.sum()*l.sum()/((n - 1)*(n - 2)) - 2*(k.sum(0) @ l.sum(0))/(n - 2)
@@ -176,7 +171,8 @@ def gram(x:torch.Tensor)->tuple: # (n, D) -> (n, n), its own `hsic`
     k = (x @ x.T).fill_diagonal_(0)
     return k, hsic(k, k)
 
-def alike(a:tuple, b:tuple)->float: # of `gram`
+def cka(a:tuple, b:tuple)->float: # of `gram`
+    "Linear centred kernel alignment of two layers, unbiased"
     return (hsic(a[0], b[0])/(a[1]*b[1]).sqrt()).item()
 
 def uniformity(z:torch.Tensor)->float: # (n, D) unit length
@@ -219,7 +215,7 @@ def structure(encoders:list, images, labels, run:AnalysisRun)->dict: # uint8 (n,
         x = embed(e, images, run.layer, run.batch)
         rows.append(dict(encoder=e.name, alignment=alignment(e, images, run), uniformity=uniformity(x), **dimensions(x), **({} if labels is None else class_gap(x, labels))))
     pairs = [(a.name, b.name) for a, b in combinations(encoders, 2)]
-    return dict(pictures=len(images), rows=rows, cka=[dict(first=a, second=b, layers=[[alike(x, y) for y in layers[b]] for x in layers[a]]) for a, b in pairs])
+    return dict(pictures=len(images), rows=rows, cka=[dict(first=a, second=b, layers=[[cka(x, y) for y in layers[b]] for x in layers[a]]) for a, b in pairs])
 
 # %% ../nbs/04_analysis.ipynb #f3833a09
 def conflict(i:int, canvas:int, seed:int=0)->tuple: # -> (canvas, canvas, 3) uint8, class of the silhouette, class of the filling
@@ -244,9 +240,8 @@ def conflicts(encoders:list, run:AnalysisRun)->list: # -> rows: encoder, share o
         probe = linear_probe(x, train.world.labels['object'], len(NAMES), device=device_of(run.device))
         said = probe(class_tokens(e, pictures, run.layer, run.batch)[:, None]).argmax(1).numpy()
         by_shape, by_filling = int((said == shape).sum()), int((said == filling).sum())
-        low, high = binomtest(by_shape, max(by_shape + by_filling, 1)).proportion_ci(method='wilson')
         rows.append(dict(encoder=e.name, ordinary=float((probe(x_plain).argmax(1).numpy() == plain.world.labels['object']).mean()), shape=by_shape/len(said), filling=by_filling/len(said),
-                         shape_bias=by_shape/max(by_shape + by_filling, 1), interval=[low, high], pictures=len(said)))
+                         shape_bias=by_shape/max(by_shape + by_filling, 1), interval=wilson(by_shape, max(by_shape + by_filling, 1)), pictures=len(said)))
     return rows
 
 def show_conflicts(n:int=8, canvas:int=96):
@@ -312,9 +307,7 @@ def analyse(run:AnalysisRun)->dict:
 
 def analyse_in(folder:Path, encoders:list, run:AnalysisRun)->dict:
     check_settings(folder, run, digest([e.fingerprint for e in encoders]), anew=not (folder/'result.json').exists())
-    if (folder/'result.json').exists():
-        say(f'{folder.name} is complete; delete its folder to run it again')
-        return read_json(folder/'result.json')
+    if (folder/'result.json').exists(): return looked_up(folder)
     source, labels = open_pictures(run)
     some = np.arange(min(STRUCTURE, len(source)))
     images = source.batch(some, max(e.size for e in encoders))

@@ -35,7 +35,6 @@ class Chats:
     def __len__(self): raise NotImplementedError
     def turns(self, i:int)->list: raise NotImplementedError  # of (user, assistant)
     def picture_id(self, i:int)->int: raise NotImplementedError  # index into `pictures`, -1 for none
-    def has_picture(self, i:int)->bool: return self.picture_id(i) >= 0
     def unusable(self): return iter(())  # (key, reason) of the rows that are left out
 
 # %% ../nbs/05_chat.ipynb #04fa6a6d

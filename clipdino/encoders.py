@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['HF_PREFIX', 'TOKENIZERS', 'IMAGENET', 'FORMS', 'SCHEMES', 'named', 'check_fit', 'keys_in', 'reading', 'grid_of',
-           'Encoder', 'TimmEncoder', 'seeded', 'open_timm', 'read_in', 'run_settings', 'RunTowers', 'open_folder',
-           'folder_of', 'open_random', 'HFTowers', 'HFEncoder', 'hf_file', 'hf_pixels', 'hf_model', 'open_hf',
-           'OpenClipTowers', 'OpenClipEncoder', 'open_clip_model', 'open_open_clip', 'dino_state', 'dino_vit',
-           'open_dino', 'load_encoder']
+           'Encoder', 'TimmEncoder', 'open_timm', 'read_in', 'run_settings', 'RunTowers', 'open_folder', 'folder_of',
+           'open_random', 'HFTowers', 'HFEncoder', 'hf_file', 'hf_pixels', 'hf_model', 'open_hf', 'OpenClipTowers',
+           'OpenClipEncoder', 'open_clip_model', 'open_open_clip', 'dino_state', 'dino_vit', 'open_dino',
+           'load_encoder']
 
 # %% ../nbs/03_encoders.ipynb #9e848314
 import argparse, inspect, logging, math, pickle, re, warnings
@@ -31,7 +31,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
-from .core import SettingsError, check, generator, read_json, root, say
+from .core import SettingsError, check, load_plugins, read_json, root, say, seeded
 from .objectives import MEAN, STD, layers_of, make_encoder
 from .pretrain import Pretrain, dtype_of, make_objective, open_encoder, reads_captions, tensors_digest
 from .views import centre
@@ -173,16 +173,9 @@ class TimmEncoder(Encoder):
         check(type(a) is Attention, f'{self.name} has attention of the kind {type(a).__name__}; only that of timm\'s plain ViTs is read')
         return (a.q_norm, a.k_norm), lambda q, k: (q, k)
 
-def seeded(make):
-    "What `make` makes, with random weights that are the same every time: those of `make_encoder` and seed 0"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(0, 2).initial_seed())
-        return make()
-
 def open_timm(name:str, pretrained:bool=True)->Encoder:
     "A timm model by its name, or random weights in its shape"
-    def make(): return timm.create_model(name, pretrained=pretrained, num_classes=0)
-    with reading(f'timm\'s {name}'): return TimmEncoder(name, make() if pretrained else seeded(make))
+    with reading(f'timm\'s {name}'), seeded(0, 2): return TimmEncoder(name, timm.create_model(name, pretrained=pretrained, num_classes=0))  # as `make_encoder` of seed 0
 
 # %% ../nbs/03_encoders.ipynb #65ad7ab2
 def read_in(folder:Path, file:str)->dict:
@@ -337,10 +330,10 @@ class OpenClipEncoder(Encoder):
 
 def open_clip_model(source:str, weights:str)->nn.Module: # weights: tag or file, '' for random ones; of no use where `source` has a scheme
     "The whole model, with all its weights or with random ones"
-    with reading(f'open_clip:{source}' + f'/{weights}'*bool(weights)), warnings.catch_warnings():
+    with reading(f'open_clip:{source}' + f'/{weights}'*bool(weights)), warnings.catch_warnings(), seeded(0, 2):
         warnings.filterwarnings('error', 'QuickGELU mismatch')
         trained = bool(weights or parse_model_name(source)[0])
-        return seeded(lambda: open_clip.create_model(source, weights or None, require_pretrained=trained, pretrained_text=False))
+        return open_clip.create_model(source, weights or None, require_pretrained=trained, pretrained_text=False)
 
 def open_open_clip(name:str)->Encoder: # MODEL, MODEL/TAG, MODEL/FILE, hf-hub:ORG/NAME or local-dir:FOLDER
     "A model of open_clip, with its text tower"
@@ -387,6 +380,7 @@ SCHEMES = dict(random=open_random, hf=open_hf, open_clip=open_open_clip)
 
 def load_encoder(name:str, device='cpu')->Encoder: # one of `FORMS`
     "The encoder of that name; torch's random stream is where it was"
+    load_plugins()  # which may register models with timm
     scheme, _, rest = name.partition(':')
     with torch.random.fork_rng(devices=[]):
         if scheme in SCHEMES and rest: e = SCHEMES[scheme](rest)

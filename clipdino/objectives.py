@@ -7,13 +7,12 @@ __all__ = ['MEAN', 'STD', 'default_cfgs', 'CLIP_VOCAB', 'BYTE_TOKENS', 'OWN', 'C
            'clipdino_vit_mini', 'DropPath', 'encode', 'LastBlock', 'make_encoder', 'patch_of', 'clip_tokenizer', 'trim',
            'ShortText', 'text_heads', 'TextTower', 'text_folder', 'layers_of', 'text_config', 'PretrainedText', 'full',
            'alone', 'gather', 'rank', 'exactly', 'clip_loss', 'siglip_loss', 'in_parts', 'Objective', 'Contrastive',
-           'Own', 'dino_loss', 'GlobalBatchNorm', 'DINOHead', 'cosine', 'DINO', 'Hybrid', 'load_plugins']
+           'Own', 'dino_loss', 'GlobalBatchNorm', 'DINOHead', 'cosine', 'DINO', 'Hybrid']
 
 # %% ../nbs/01_objectives.ipynb #935fa519
-import copy, gzip, math, os, sys, tempfile
+import copy, gzip, math, tempfile
 from contextlib import nullcontext
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from .core import SettingsError, check, generator, mix, uniform
+from .core import SettingsError, check, mix, seeded, uniform
 
 # %% ../nbs/01_objectives.ipynb #a4ab213c
 class ConvStem(nn.Module):
@@ -113,9 +112,7 @@ def make_encoder(arch:str, # a timm ViT
                  seed:int, drop_path:float=0., # of the last block, rising linearly from 0 at the first
                  class_only:bool=False)->nn.Module: # its last block makes the class token and no others, for objectives that read none
     "A ViT that returns its class token, with weights that depend on `arch`, `image_size`, `seed` and torch's default precision alone"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(seed, 2).initial_seed())
-        encoder = timm.create_model(arch, num_classes=0, img_size=image_size, dynamic_img_size=True)
+    with seeded(seed, 2): encoder = timm.create_model(arch, num_classes=0, img_size=image_size, dynamic_img_size=True)
     for i, b in enumerate(encoder.blocks if drop_path else ()):
         if i: b.drop_path1, b.drop_path2 = (DropPath(drop_path*i/(len(encoder.blocks) - 1), 2*i + k) for k in (0, 1))
     last = encoder.blocks[-1]
@@ -470,17 +467,3 @@ class Hybrid(Contrastive, DINO):
         return dict(dino, loss=self.clip_weight*clip + self.dino_weight*dino['loss'], loss_clip=clip.detach(), loss_dino=dino['loss'].detach(), scale=self.log_scale.detach().exp())
 
     def after_step(self, done, ok): Contrastive.after_step(self, done, ok), DINO.after_step(self, done, ok)
-
-# %% ../nbs/01_objectives.ipynb #bdacd8e6
-def load_plugins():
-    "Import the modules that `$CLIPDINO_PLUGINS` names"
-    for plugin in filter(None, map(str.strip, os.environ.get('CLIPDINO_PLUGINS', '').split(','))):
-        wrong = f'CLIPDINO_PLUGINS names {plugin}, and no such module is found: give names as in an import, separated by commas; simclr for simclr.py in this folder'
-        check(all(map(str.isidentifier, plugin.split('.'))), wrong)
-        try: import_module(plugin)
-        except ModuleNotFoundError as e:
-            if not f'{plugin}.'.startswith(f'{e.name}.'): raise  # it is there, and what it imports is not
-            raise SettingsError(wrong) from None
-
-if '__file__' in globals():  # last of all, when there is all that they may import
-    if 'clipdino.pretrain' not in sys.modules: load_plugins()  # else that one has begun and does it at its own end

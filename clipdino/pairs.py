@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import binomtest
 from torch.nn import functional as F
 
 from .core import check, generator
+from .readouts import tensor, wilson
 
 # %% ../nbs/04_pairs.ipynb #6cb18ff9
 THRESHOLDS = dict(  # ((first encoder above, second below), (second above, first below)); the first encoder is CLIP
@@ -29,7 +29,7 @@ TILE = 1024, 2048  # rows and columns of a block of similarities
 
 def unit(x, device='cpu')->torch.Tensor: # (n, D) -> (n, D)
     "Rows of unit length, in double precision on the way"
-    x = x if torch.is_tensor(x) else torch.from_numpy(np.array(x))
+    x = tensor(x)
     check(x.ndim == 2, f'features of shape {tuple(x.shape)}: pairs take one vector for each picture')
     bad = ~x.isfinite().all(1)
     check(not bad.any(), f'features of picture {int(bad.int().argmax())} are not finite')
@@ -169,6 +169,6 @@ def shared(t:pd.DataFrame, labels:dict)->pd.DataFrame: # factor -> (n,) labels, 
         counts = np.bincount(y[y >= 0])
         total = counts.sum()
         if total < 2 or not n: continue
-        low, high = binomtest(same, n).proportion_ci(method='wilson')
+        low, high = wilson(same, n)
         rows.append(dict(factor=factor, share=same/n, low=low, high=high, pairs=n, of_all=float((counts*(counts - 1)).sum()/(total*(total - 1)))))
     return pd.DataFrame(rows, columns=['factor', 'share', 'low', 'high', 'pairs', 'of_all'])

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'DISTILS', 'SMOKE', 'MINI', 'SMALL', 'PAPER', 'VIEW_SETTINGS', 'DINO_VIEWS', 'BY_OBJECTIVE', 'SOURCES',
-           'FREE', 'ROUNDING', 'GPUS', 'REFUSED', 'LOOKS', 'TextSettings', 'DINOSettings', 'HybridSettings', 'Pretrain',
-           'validate', 'launched', 'world_size', 'reads_captions', 'check_inputs', 'settings', 'make_objective',
-           'dtype_of', 'seeded', 'one_view', 'two_views', 'view_groups', 'make_source', 'param_groups', 'schedule',
-           'features', 'world_tasks', 'labelled_task', 'Probe', 'state_tensors', 'tensors_digest', 'save_state',
-           'load_state', 'use_compile', 'clip_gradients', 'NonFinite', 'kind_of', 'check_kind', 'check_settings',
-           'make_probe', 'precision_of', 'accelerator', 'on_main', 'agree', 'Parts', 'Trainer', 'last_scores', 'Watch',
-           'fit', 'cost', 'Blank', 'seconds_per_image', 'costs', 'show_costs', 'ahead', 'export_encoder',
-           'open_encoder', 'ranks', 'retrieval', 'final_scores', 'finish', 'complete', 'only_one', 'train', 'pretrain',
-           'arguments', 'spawn', 'program', 'main', 'collect', 'recipe', 'show_samples', 'show_views', 'show_curves',
-           'show_learning']
+           'FREE', 'ROUNDING', 'GPUS', 'REFUSED', 'MACHINERY', 'LOOKS', 'TextSettings', 'DINOSettings',
+           'HybridSettings', 'Pretrain', 'validate', 'launched', 'world_size', 'reads_captions', 'check_inputs',
+           'settings', 'make_objective', 'dtype_of', 'one_view', 'two_views', 'view_groups', 'make_source',
+           'param_groups', 'schedule', 'features', 'world_tasks', 'labelled_task', 'Probe', 'state_tensors',
+           'tensors_digest', 'save_state', 'load_state', 'clip_gradients', 'NonFinite', 'kind_of', 'check_kind',
+           'check_settings', 'make_probe', 'precision_of', 'accelerator', 'on_main', 'agree', 'Parts', 'Trainer',
+           'last_scores', 'Watch', 'fit', 'cost', 'Blank', 'seconds_per_image', 'costs', 'show_costs', 'ahead',
+           'export_encoder', 'open_encoder', 'ranks', 'retrieval', 'final_scores', 'finish', 'complete', 'looked_up',
+           'only_one', 'train', 'pretrain', 'arguments', 'spawn', 'program', 'main', 'collect', 'recipe',
+           'show_samples', 'show_views', 'show_curves', 'show_learning']
 
 # %% ../nbs/02_pretrain.ipynb #568ea07d
 import argparse, hashlib, inspect, json, math, os, re, shutil, subprocess, sys, tempfile, textwrap, time
@@ -35,17 +35,15 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import safe_open
 from safetensors.torch import save_file
-from scipy.stats import binomtest
 from timm.models._hub import save_for_hf
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from .core import (CannotWrite, Metrics, PRESETS, Progress, Settings, SettingsError, alone, check, digest, environment, generator, in_test, injected, one_of,
-                           mix, read_json, run_dir, runs_dir, say, whole, write_json)
+from .core import (CannotWrite, Metrics, PRESETS, Progress, Settings, SettingsError, alone, check, digest, environment, in_test, injected, one_of,
+                           mix, load_plugins, read_json, run_dir, runs_dir, say, seeded, whole, write_json)
 from .data import Bad, BadData, Shards, Steps, expand, loader
-from .objectives import (BYTE_TOKENS, CLIP_VOCAB, Contrastive, DINO, DINOHead, Hybrid, MEAN, OWN, Objective, STD, PretrainedText, TextTower, cosine, load_plugins, make_encoder, patch_of, text_config, text_heads)
-from .readouts import accuracy, grid, held_out, knn, linear_probe
+from .objectives import (BYTE_TOKENS, CLIP_VOCAB, Contrastive, DINO, DINOHead, Hybrid, MEAN, OWN, Objective, STD, PretrainedText, TextTower, cosine, make_encoder, patch_of, text_config, text_heads)
+from .readouts import accuracy, grid, held_out, knn, linear_probe, wilson
 from .sets import open_set
 from .views import AddViews, centre, clip_views, dino_views, make_views
 from .world import POLICIES, World
@@ -238,6 +236,7 @@ SOURCES = dict(  # of the values of the `paper` preset; "the paper" is arXiv 251
 
 def settings(preset:str='mini', objective:str='clip', **given)->Pretrain: # overrides; None means the preset's value
     "The settings of a run"
+    load_plugins()
     one_of('preset', preset, PRESETS), one_of('objective', objective, (*OBJECTIVES, *OWN))
     bases = dict(smoke=SMOKE, mini=MINI, small=SMALL, paper=PAPER)
     table = {p: {**bases[p], **(OWN[objective].changes if objective in OWN else BY_OBJECTIVE[p].get(objective, {}))} for p in PRESETS}
@@ -258,16 +257,9 @@ def dtype_of(run:Pretrain):
     try: yield
     finally: torch.set_default_dtype(before)
 
-@contextmanager
-def seeded(run:Pretrain):
-    "What is made inside begins the same in every run with this seed, whatever is made beside it"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(run.seed, 3).initial_seed())
-        yield
-
 def _distilling(run:Pretrain, dim:int)->dict: # of the encoder's class token
     "What DINO adds to an encoder"
-    with seeded(run): head = DINOHead(dim, run.prototypes, run.head_hidden, run.bottleneck, run.head_norm)
+    with seeded(run.seed, 3): head = DINOHead(dim, run.prototypes, run.head_hidden, run.bottleneck, run.head_norm)
     return dict(teacher=make_encoder(run.arch, run.image_size, run.seed, class_only=True), head=head, locals_=run.local_crops, momentum=run.momentum, student_temp=run.student_temp, teacher_temp=run.teacher_temp,
                 warmup_temp=run.warmup_teacher_temp, warmup=run.warmup_teacher, centre_momentum=run.centre_momentum, freeze_last=run.freeze_last)
 
@@ -275,7 +267,7 @@ def _objective(run:Pretrain)->nn.Module:
     encoder = make_encoder(run.arch, run.image_size, run.seed, run.drop_path, class_only=run.objective not in OWN)  # which may read patch tokens
     dino = _distilling(run, encoder.num_features) if run.objective in DISTILS else {}
     if run.objective == 'dino': return DINO(encoder, **dino)
-    with seeded(run):
+    with seeded(run.seed, 3):
         if run.objective in OWN:
             own = OWN[run.objective].make(run, encoder)
             check(isinstance(own, Objective), f'make of {run.objective} returns a {type(own).__name__}, which does not derive from clipdino.objectives.Objective')
@@ -394,11 +386,6 @@ def load_state(folder:Path, model, opt)->int:
     return 0
 
 # %% ../nbs/02_pretrain.ipynb #e8a2e1d7
-def use_compile(run:Pretrain, device)->bool:
-    "Whether to `torch.compile` the objective"
-    if run.compile != 'auto': return run.compile == 'on'
-    return device.type == 'cuda'
-
 def clip_gradients(params, limit:float, per:str)->torch.Tensor:
     "Scale gradients down to a norm of at most `limit`, all together or each parameter alone; the norm of all before that"
     if per == 'model': return nn.utils.clip_grad_norm_(params, limit)
@@ -492,7 +479,7 @@ class Parts:
         self.metrics = on_main(self.acc, lambda: Metrics(folder/'metrics.jsonl', upto=self.step or -1))  # a fresh start probes again before its first step
         self.bad = on_main(self.acc, lambda: Bad(folder/'bad.jsonl', run.max_bad, self.source, self.step, self.step*run.batch)).of(self.acc.process_index)
         self.failed = torch.full((3,), -1., dtype=dtype, device=self.acc.device)  # step, loss and gradient norm of the first step that was not finite
-        if use_compile(run, self.acc.device):
+        if run.compile == 'on' or run.compile == 'auto' and self.acc.device.type == 'cuda':
             for tower in self.objective.towers: getattr(self.objective, tower).compile(dynamic=False)
         self.model = self.acc.prepare(self.objective)
         self.add_views = AddViews(view_groups(run), run.seed, MEAN, STD, dtype)
@@ -743,9 +730,7 @@ def final_scores(t:Trainer)->dict:
     if probe is None: return {}
     n = {task: len(y) for task, (_, (*_, y)) in probe.sets.items()}
     scores = probe(t.encoder, run.image_size)
-    def interval(k):
-        images = n[k.rsplit('_', 1)[0]]
-        return [float(v) for v in binomtest(round(scores[k]*images), images).proportion_ci(method='wilson')]
+    def interval(k): return wilson(round(scores[k]*(images := n[k.rsplit('_', 1)[0]])), images)
     with dtype_of(run): untrained = make_encoder(run.arch, run.image_size, run.seed, class_only=True).to(t.acc.device)
     return dict(test=scores, test_interval={k: interval(k) for k in scores}, test_images=n, untrained=probe(untrained, run.image_size))
 
@@ -769,6 +754,10 @@ def complete(folder:Path, run:Pretrain)->dict|None:
     "The result of a run that is complete"
     if not (folder/'result.json').exists(): return None
     check_settings(folder, run, read_json(folder/'settings.json')['fingerprint'])
+    return looked_up(folder)
+
+def looked_up(folder:Path)->dict:
+    "The result in the folder of a run that is complete"
     say(f'{folder.name} is complete; delete its folder to run it again')
     return read_json(folder/'result.json')
 
@@ -866,11 +855,11 @@ def collect(folders)->pd.DataFrame: # finished run folders
     return pd.DataFrame(rows)
 
 # %% ../nbs/02_pretrain.ipynb #fe423add
-_MACHINERY = 'objective', 'preset', 'seed', 'name', 'max_bad', 'micro', 'processes', 'workers', 'augment', 'precision', 'compile', 'probes', 'probe_data', 'eval_data', 'save_every', 'tracker'
+MACHINERY = 'max_bad', 'micro', 'processes', 'workers', 'augment', 'precision', 'compile', 'probes', 'probe_data', 'eval_data', 'save_every', 'tracker'  # settings that are no part of a recipe
 
 def recipe(preset:str)->tuple: # -> settings that all objectives share, settings that differ ('-': has none); with sources for `paper`
     "What is the same for all objectives of a preset, and what differs"
-    table = pd.DataFrame({o: asdict(settings(preset, o)) for o in OBJECTIVES}).drop([*_MACHINERY, *(('images', 'captions') if preset == 'paper' else ())])
+    table = pd.DataFrame({o: asdict(settings(preset, o)) for o in OBJECTIVES}).drop(['objective', 'preset', 'seed', 'name', *MACHINERY, *(('images', 'captions') if preset == 'paper' else ())])
     text, dino, hybrid = ([f.name for f in fields(c)] for c in (TextSettings, DINOSettings, HybridSettings))
     lm = ['text_model', 'unlocked']
     for names, having in (text, [o for o in OBJECTIVES if o != 'dino']), (dino, DISTILS), (hybrid, ['hybrid']), (lm, ['clip-lm']): table.loc[names, [o for o in OBJECTIVES if o not in having]] = '-'
@@ -944,5 +933,4 @@ def show_learning(runs:pd.DataFrame, axes): # from `collect`, of one preset; one
     axes[-1].legend(frameon=False, fontsize=8, loc='upper left')
 
 # %% ../nbs/02_pretrain.ipynb #4c546b6b
-load_plugins()  # last of all, when there is all that they may import
 if __name__ == '__main__' and '__file__' in globals(): main()  # as a program; in a notebook there is no file

@@ -6,9 +6,9 @@
 __all__ = ['SIZES', 'FEATURES', 'TASKS', 'WITHIN', 'POOLED', 'MAPS', 'PARTS', 'PHRASES', 'SHOTS', 'HOW', 'ProbeRun', 'slug',
            'settings', 'device_of', 'functions', 'pooled', 'joint', 'patch_tokens', 'Read', 'readers', 'read_ahead',
            'fill', 'features', 'Pictures', 'even', 'Task', 'world_tasks', 'Opened', 'open_sets', 'set_task',
-           'WorldMaps', 'OnlyPictures', 'dense', 'constant_iou', 'name_classes', 'probe_task', 'pool', 'specs',
-           'probe_all', 'save_arrays', 'probe', 'probe_in', 'compare', 'main_tasks', 'picture', 'show_tasks',
-           'show_grid', 'show_maps', 'show_differences', 'collect', 'objective_of', 'over_seeds', 'show_objectives']
+           'WorldMaps', 'OnlyPictures', 'dense', 'constant_iou', 'name_classes', 'probe_task', 'pool', 'probe_all',
+           'save_arrays', 'probe', 'probe_in', 'compare', 'main_tasks', 'picture', 'show_tasks', 'show_grid',
+           'show_maps', 'show_differences', 'collect', 'objective_of', 'over_seeds', 'show_objectives']
 
 # %% ../nbs/03_probe.ipynb #67db0db3
 import os, re, shutil, sys, time
@@ -24,11 +24,11 @@ import seaborn as sns
 import torch
 from torch.utils.data import DataLoader
 
-from .core import Progress, Settings, SettingsError, alone, cache_dir, check, cores, digest, environment, in_test, injected, locked, prefetch, read_json, root, run_dir, say, theme, whole, write_json
+from .core import Progress, Settings, SettingsError, alone, cache_dir, check, cores, digest, environment, in_test, injected, listed, locked, prefetch, read_json, root, run_dir, say, theme, whole, write_json
 from .encoders import Encoder, grid_of, load_encoder
-from .pretrain import LOOKS, check_settings, tensors_digest
-from .readouts import READOUTS, authors_probe, check_features, choose, few_shot, fit_maps, fit_probes, grid, interval, knn, map_classes, mean_iou, overlaps, paired, report, try_settings
-from .sets import BASE, IGNORED, open_maps, open_set, split_spec
+from .pretrain import LOOKS, check_settings, looked_up, tensors_digest
+from .readouts import READOUTS, authors_probe, check_features, choose, few_shot, fit_maps, fit_probes, grid, IGNORED, interval, knn, map_classes, mean_iou, overlaps, paired, report, try_settings
+from .sets import BASE, balanced, open_maps, open_set, split_spec
 from .world import FACTORS, FAMILIES, FAMILY_OF, World, annotations
 
 # %% ../nbs/03_probe.ipynb #01d62b7b
@@ -157,11 +157,10 @@ class Pictures:
     def __len__(self): return len(self.world)
     def batch(self, ids, size): return self.world.images[ids]  # the encoder enlarges or shrinks them
 
-def even(labels, seed:int=0)->np.ndarray: # indices, ascending
+def even(labels)->np.ndarray: # indices, ascending
     "As many pictures of each class as the rarest has"
-    counts, order = np.bincount(labels), np.random.default_rng(seed).permutation(len(labels))
-    turn = pd.Series(labels[order]).groupby(labels[order]).cumcount().to_numpy()
-    return np.sort(order[turn < counts[counts > 0].min()])
+    counts = np.unique(labels, return_counts=True)[1]
+    return np.sort(balanced(labels, counts.min()*len(counts), 0))
 
 @dataclass
 class Task:
@@ -204,7 +203,7 @@ class Opened(NamedTuple):
 def open_sets(run:ProbeRun)->list:
     "All data of a run, looked at before anything is computed"
     sets = {}
-    for spec in specs(run):
+    for spec in listed(run.data):
         name = spec.partition(':')[0] if spec == 'world' or spec.startswith('maps:') else split_spec(spec)[0]
         if name == 'world': s = Opened(name)
         elif name == 'maps':
@@ -220,7 +219,7 @@ def open_sets(run:ProbeRun)->list:
         sets[s.name] = s
     check(sets, 'data names no set')
     own = {n for n, s in sets.items() if s.test is not None and (n in (*TASKS, POOLED, MAPS) or n.startswith(WITHIN))}
-    check('world' not in specs(run) or not own, f'{", ".join(own)} is the name of a task of the world too: give the folder another')
+    check('world' not in listed(run.data) or not own, f'{", ".join(own)} is the name of a task of the world too: give the folder another')
     return list(sets.values())
 
 def set_task(s:Opened, encoder:Encoder, run:ProbeRun)->Task:
@@ -309,8 +308,6 @@ def pool(results:dict, right:dict)->tuple: # of the tasks within families -> res
         out[how] = dict(top1=float(ok[how].mean()), interval=interval(ok[how]), pictures=len(ok[how]), chance=float(np.average([r['chance'] for r in each], weights=[r['pictures'] for r in each])))
     return out, ok
 
-def specs(run:ProbeRun)->list: return [s for s in (p.strip() for p in re.split(r',(?![^{]*\})', run.data)) if s]  # at commas outside of braces
-
 def probe_all(encoder:Encoder, run:ProbeRun, data:list)->tuple: # of `open_sets` -> results by task, successes by task and readout, {dense task: some pictures and maps}
     "All tasks of all data"
     results, right, probes, maps = {}, {}, {}, {}
@@ -345,9 +342,7 @@ def probe_in(folder:Path, encoder:Encoder, run:ProbeRun)->dict:
     other, done = folder.parent/run.against, (folder/'result.json').exists()
     check(done or not run.against or (other/'right.npz').exists() and (other/'result.json').exists(), f'{run.against} is no finished probing run to compare with')
     check_settings(folder, run, encoder.fingerprint, anew=not done)
-    if done:
-        say(f'{folder.name} is complete; delete its folder to run it again')
-        return read_json(folder/'result.json')
+    if done: return looked_up(folder)
     results, right, maps = probe_all(encoder, run, open_sets(run))
     about = dict(name=encoder.name, fingerprint=encoder.fingerprint, size=encoder.size, dim=encoder.dim, depth=encoder.depth, layer=run.layer)
     result = dict(name=run.folder_name, encoder=about, tasks=results, environment=environment())

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['READOUTS', 'NORMS', 'BLOCK', 'AUTHORS', 'IGNORED', 'Setting', 'grid', 'check_features', 'tensor', 'flat', 'Blocks',
            'logistic', 'direction', 'minimise', 'fit', 'Linear', 'fit_probes', 'held_out', 'try_settings', 'choose',
-           'linear_probe', 'accuracy', 'adamw', 'authors_probe', 'knn', 'few_shot', 'interval', 'half_width', 'report',
-           'paired', 'map_scores', 'fit_maps', 'map_classes', 'overlaps', 'mean_iou']
+           'linear_probe', 'accuracy', 'adamw', 'authors_probe', 'knn', 'few_shot', 'wilson', 'interval', 'half_width',
+           'report', 'paired', 'map_scores', 'fit_maps', 'map_classes', 'overlaps', 'mean_iou']
 
 # %% ../nbs/01_readouts.ipynb #16dff00c
 import math
@@ -287,10 +287,14 @@ def few_shot(x, y, x_test, y_test, classes:int, shots:int, draws:int=10, seed:in
     return out
 
 # %% ../nbs/01_readouts.ipynb #73beaa92
+def wilson(right:int, of:int, level:float=.95)->list: # -> [low, high]
+    "Wilson's interval of a share"
+    return [float(x) for x in binomtest(right, of).proportion_ci(level, method='wilson')]
+
 def interval(values, level:float=.95, draws:int=4000, seed:int=0)->list: # (n,) of any numbers, or of yes and no -> [low, high]
     "Interval of the mean: Wilson's of yes and no, which has a width even where all are right; of other numbers the percentile bootstrap's"
     values = np.asarray(values)
-    if values.dtype == bool: return [float(x) for x in binomtest(int(values.sum()), len(values)).proportion_ci(level, method='wilson')]
+    if values.dtype == bool: return wilson(int(values.sum()), len(values), level)
     v, counts = np.unique(values.astype(np.float64), return_counts=True)
     g, n = np.random.default_rng(seed), counts.sum()
     block = max(1, (1 << 23)//len(v))

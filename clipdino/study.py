@@ -46,7 +46,7 @@ RESULTS = 1  # version of the tables' form
 STAGES = dict(pretrain=pretrain, probe=probe, analysis=analysis, vmcbench=vmcbench)  # those that have numbers
 GALLERY, PICTURES = 12, 6  # pairs kept of each side of an analysis, pictures whose patch tokens are kept
 _NAMES = 'preset', 'objective', 'seed', 'name', 'encoder', 'encoders', 'vlm', 'against'  # say which run it is, and not how it was made
-_MACHINERY = 'max_bad', 'micro', 'processes', 'workers', 'augment', 'precision', 'compile', 'probes', 'probe_data', 'eval_data', 'save_every', 'tracker', 'cached', 'shard', 'recompute', 'device'
+_MACHINERY = *pretrain.MACHINERY, 'cached', 'shard', 'recompute', 'device'
 _ELSEWHERE = dict(vlm=('questions',), probe=('data', 'authors', 'batch'), analysis=('batch',), vmcbench=('questions', 'how', 'blind', 'batch'))  # what the rows of a kind say themselves, or what changes no number
 
 def deciding(kind:str, preset:str, objective:str='', then:dict={})->tuple: # settings.json -> settings, of the preset and of the run
@@ -123,7 +123,9 @@ class Results:
         self.runs = self._read('runs')
         late = self.runs[self.runs.version > RESULTS]
         check(late.empty, f'{self.folder}/runs_{preset}.csv has results of version {late.version.max()}, and this code knows up to {RESULTS}: update it')
-        for k in 'preset', 'run': self._one(k)
+        check(set(self.runs.preset) == {preset}, f'runs_{preset}.csv has rows of {", ".join(sorted({*self.runs.preset} - {preset}))}')
+        twice = self.runs[self.runs.run.duplicated(keep=False)]
+        check(twice.empty, f'runs_{preset}.csv has two rows about {", ".join(twice.run.unique()[:3])}, with settings {" and ".join(twice.settings[:2])}')
         self._same()
         self.encoders = self.runs[self.runs.kind == 'pretrain'].set_index('run')
 
@@ -131,14 +133,6 @@ class Results:
         path = self.folder/f'{stage}_{self.preset}.csv'
         check(path.exists(), f'{path} is not there: no results of this stage were gathered')
         return read_table(path)
-
-    def _one(self, column:str):
-        "Refuse rows of another preset, and two rows about one run"
-        t = self.runs
-        if column == 'preset': check(set(t.preset) == {self.preset}, f'runs_{self.preset}.csv has rows of {", ".join(sorted({*t.preset} - {self.preset}))}')
-        else:
-            twice = t.run[t.run.duplicated()]
-            check(twice.empty, f'runs_{self.preset}.csv has two rows about {", ".join(twice[:3])}' + ''.join(f', with settings {" and ".join(t.settings[t.run == r])}' for r in twice[:1]))
 
     def _same(self):
         "Refuse runs of one variant with different settings, runs as of another version of the preset, and encoders that saw different data"

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['CONNECTORS', 'SMOKE', 'SMALL', 'PAPER', 'PRESET', 'SOURCES', 'WORLD_ROWS', 'VLMRun', 'settings', 'TowerConfig',
            'Tower', 'renamed', 'as_vit', 'as_clip', 'tower_tokens', 'agrees', 'own_tower', 'tower_of', 'Resampler',
-           'Pool', 'make_connector', 'ConnectorConfig', 'ConnectorLlava', 'open_llm', 'seeded', 'picture_tokens',
-           'lm_keys', 'text_logits', 'make_vlm', 'make_processor', 'save_vlm', 'make_chats', 'Seen', 'Reader', 'rate',
-           'in_one', 'whole_state', 'shard_reader', 'Trained', 'Stage', 'Parts', 'Held', 'check_inputs', 'finish',
-           'stages_of', 'train', 'train_vlm', 'main', 'show_training', 'show_val']
+           'Pool', 'make_connector', 'ConnectorConfig', 'ConnectorLlava', 'open_llm', 'picture_tokens', 'lm_keys',
+           'text_logits', 'make_vlm', 'make_processor', 'save_vlm', 'make_chats', 'Seen', 'Reader', 'rate', 'in_one',
+           'whole_state', 'shard_reader', 'Trained', 'Stage', 'Parts', 'Held', 'check_inputs', 'finish', 'stages_of',
+           'train', 'train_vlm', 'main', 'show_training', 'show_val']
 
 # %% ../nbs/05_vlm.ipynb #2e9d86e1
 import math, os, shutil, time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property, partial
 from pathlib import Path
@@ -39,7 +39,7 @@ from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from .chat import TEMPLATES, AnyQuestions, Batches, Form, LlavaJson, WorldCaptions, expand, template_of
-from .core import Metrics, PRESETS, Progress, Settings, check, digest, environment, generator, in_test, injected, one_of, run_dir, say, sync, theme, write_json, writing
+from .core import Metrics, PRESETS, Progress, Settings, check, digest, environment, generator, in_test, injected, one_of, run_dir, say, seeded, sync, theme, write_json, writing
 from .encoders import Encoder, HFEncoder, OpenClipEncoder, TimmEncoder, folder_of, load_encoder, reading
 from .lm import settings as lm_settings, small_lm
 from .objectives import layers_of
@@ -280,6 +280,8 @@ AutoConfig.register('clipdino_llava', ConnectorConfig, exist_ok=True)
 AutoModelForImageTextToText.register(ConnectorConfig, ConnectorLlava, exist_ok=True)
 
 # %% ../nbs/05_vlm.ipynb #33c9dda8
+_STREAM = 41  # keeps these draws apart from others of the same seed
+
 def open_llm(name:str, preset:str, seed:int=0)->tuple: # -> model, tokenizer
     "A language model whose tokenizer knows the mark of a picture"
     own, _, size = name.partition(':')
@@ -290,16 +292,9 @@ def open_llm(name:str, preset:str, seed:int=0)->tuple: # -> model, tokenizer
     if tokenizer.convert_tokens_to_ids(MARK) in (None, tokenizer.unk_token_id): tokenizer.add_tokens([MARK], special_tokens=True)
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        with seeded(seed, 2): model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+        with seeded(seed, _STREAM, 2): model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
     tokenizer.padding_side = 'left'  # of prompts; training pads by itself
     return model, tokenizer
-
-@contextmanager
-def seeded(seed:int, use:int):
-    "torch's random stream set for one use, and afterwards as before"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(generator(seed, 41, use).initial_seed())
-        yield
 
 def picture_tokens(run:VLMRun, e:Encoder)->int:
     "How many tokens stand for a picture"
@@ -330,7 +325,7 @@ def make_vlm(run:VLMRun, e:Encoder, llm:nn.Module, tokenizer)->LlavaForCondition
     check(type(vlm.model.language_model) is type(llm.base_model), odd)
     needs, before = lm_keys(vlm), text_logits(llm)
     vlm.model.vision_tower, vlm.model.language_model, vlm.lm_head = tower, llm.base_model, llm.get_output_embeddings()
-    with seeded(run.seed, 1): vlm.model.multi_modal_projector = LlavaMultiModalProjector(config) if run.connector == 'mlp' else make_connector(config)
+    with seeded(run.seed, _STREAM, 1): vlm.model.multi_modal_projector = LlavaMultiModalProjector(config) if run.connector == 'mlp' else make_connector(config)
     vlm.tie_weights()
     check(lm_keys(vlm) == needs and torch.equal(text_logits(vlm), before), f'{type(llm).__name__} does more between its decoder and its logits than LLaVA, which has a linear head without a bias; Llama, Qwen2 or SmolLM fit')
     ids = {k: getattr(llm.generation_config, k) for k in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
@@ -574,7 +569,7 @@ class Parts:
         "Have the language model trained, or adapters in it"
         if self.run.lora and self.adapted is None:
             from peft import LoraConfig, get_peft_model  # takes a second
-            with seeded(self.run.seed, 3): self.adapted = get_peft_model(self.reader.lm, LoraConfig(r=self.run.lora, lora_alpha=2*self.run.lora, lora_dropout=0., target_modules='all-linear'))  # LLaVA-1.5: alpha is twice the rank; dropout would need a stream
+            with seeded(self.run.seed, _STREAM, 3): self.adapted = get_peft_model(self.reader.lm, LoraConfig(r=self.run.lora, lora_alpha=2*self.run.lora, lora_dropout=0., target_modules='all-linear'))  # LLaVA-1.5: alpha is twice the rank; dropout would need a stream
             self.reader.lm = self.adapted.base_model.model
         for name, v in self.reader.named_parameters(): v.requires_grad_(name.startswith('connector.') or not self.run.lora or '.lora_' in name)
 

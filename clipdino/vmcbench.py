@@ -29,14 +29,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 from transformers.utils import logging
 
 from .chat import own_template
-from .core import Metrics, Progress, Settings, SettingsError, alone, check, digest, environment, in_test, injected, np_rng, one_of, prefetch, read_json, root, run_dir, say, sync, theme, uniform, whole, write_json, writing
+from .core import Metrics, Progress, Settings, SettingsError, alone, check, digest, environment, in_test, injected, np_rng, one_of, prefetch, read_json, root, run_dir, say, seeded, sync, theme, uniform, whole, write_json, writing
 from .encoders import folder_of, load_encoder
 from .lm import make_tokenizer
-from .pretrain import LOOKS, check_kind, check_settings, tensors_digest
+from .pretrain import LOOKS, check_kind, check_settings, looked_up, tensors_digest
 from .probe import device_of, objective_of, slug
 from .questions import CATEGORIES, GROUPS, LETTERS, VISION, Questions, open_questions, prompt
 from .readouts import half_width, paired
-from .vlm import make_processor, make_vlm, save_vlm, seeded, settings as vlm_settings  # and makes our towers and connectors known to transformers
+from .vlm import make_processor, make_vlm, save_vlm, settings as vlm_settings  # and makes our towers and connectors known to transformers
 from .worldvqa import TASKS, WorldVQA
 
 # %% ../nbs/06_vmcbench.ipynb #b9dbaf97
@@ -134,7 +134,7 @@ def untrained_vlm(folder:Path, questions:Questions, encoder:str='random:clipdino
     run, e, tokenizer = vlm_settings('smoke', encoder=encoder, seed=seed), load_encoder(encoder), make_tokenizer(map(prompt, questions.rows))
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4*width, num_hidden_layers=layers, num_attention_heads=width//32, max_position_embeddings=4096, initializer_range=.1,  # so that answers differ
                          pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    with seeded(seed, 0): llm = LlamaForCausalLM(config)
+    with seeded(seed, 41, 0): llm = LlamaForCausalLM(config)
     save_vlm(make_vlm(run, e, llm, tokenizer), make_processor(run, e, tokenizer), Path(folder))
     return Path(folder)
 
@@ -349,9 +349,7 @@ def evaluate_in(folder:Path, run:Score, questions:Questions|None)->dict:
     vlm = load_vlm(untrained_vlm(folder/'untrained', questions, seed=run.seed) if run.vlm == 'untrained' else run.vlm, device_of(run.device), run.precision)
     if run.against and not done: check(read_json(other/'result.json')['questions']['fingerprint'] == questions.fingerprint, f'{run.against} answered other questions')
     check_settings(folder, run, digest(vlm.fingerprint, questions.fingerprint), anew=not done and not Metrics.read(path))
-    if done:
-        say(f'{folder.name} is complete; delete its folder to run it again')
-        return read_json(folder/'result.json')
+    if done: return looked_up(folder)
     rows = judge(answer_all(vlm, questions, run, path), run.seed)
     write_lines(path, rows)
     asked = dict(name=questions.name, fingerprint=questions.fingerprint, n=len(questions), skipped=dict(questions.skipped), doubled=questions.doubled)

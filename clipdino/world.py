@@ -6,10 +6,10 @@
 __all__ = ['VERSION', 'FAMILIES', 'OBJECTS', 'NAMES', 'FAMILY_OF', 'WORDS', 'FONTS', 'HUES', 'COLOURS', 'TEXTURES', 'STYLES',
            'POSITIONS', 'SCALES', 'ROTATIONS', 'KINDS', 'MIX', 'SPLITS', 'POLICIES', 'FACTORS', 'DRAW', 'NOISE',
            'ORDINAL', 'FRAMES', 'shade', 'Scene', 'pick', 'draw', 'from_draws', 'scene', 'counterfactual', 'ink',
-           'place', 'tile', 'fill', 'lumas', 'background', 'tones', 'Part', 'word_mask', 'object_mask', 'angle_of',
-           'plate', 'single_parts', 'word_parts', 'several_parts', 'label_part', 'series', 'bars_parts', 'line_parts',
-           'table_parts', 'diagram_parts', 'stylise', 'render', 'annotations', 'subject', 'caption', 'versions',
-           'fill_rows', 'render_file', 'in_processes', 'World']
+           'place', 'tile', 'fill', 'lumas', 'background', 'tones', 'Part', 'fitted', 'word_mask', 'object_mask',
+           'angle_of', 'plate', 'single_parts', 'word_parts', 'several_parts', 'label_part', 'series', 'bars_parts',
+           'line_parts', 'table_parts', 'diagram_parts', 'stylise', 'render', 'annotations', 'subject', 'caption',
+           'versions', 'fill_rows', 'render_file', 'in_processes', 'World']
 
 # %% ../nbs/00_world.ipynb #6b516d41
 import colorsys, json, math, os, shutil, subprocess, sys
@@ -219,13 +219,15 @@ class Part:
     mask: Image.Image
     fill: object
 
-def word_mask(s:Scene, word:str, size:int, x, y, w, h, angle=0., k:int=100)->Image.Image: # the box it may fill, shares of the frame
-    "A word as large as fits its box, in the scene's typeface and case"
-    text = (word.upper(), word.capitalize(), word)[pick(s.u[k], 3)]
-    masks = ink(text, FONTS[pick(s.u[k + 1], len(FONTS))], 96)
+def fitted(masks:tuple, size:int, x, y, w, h, angle=0.)->Image.Image: # centre and box, shares of the frame
+    "Ink as large as fits its box"
     mw, mh = masks[0].size
-    side = min(w, h*mw/mh) if mw >= mh else min(h, w*mh/mw)
-    return place(masks, size, x, y, side, angle)
+    return place(masks, size, x, y, min(w, h*mw/mh) if mw >= mh else min(h, w*mh/mw), angle)
+
+def word_mask(s:Scene, word:str, size:int, x, y, w, h, angle=0.)->Image.Image: # as `fitted`
+    "A word in the scene's typeface and case"
+    text = (word.upper(), word.capitalize(), word)[pick(s.u[100], 3)]
+    return fitted(ink(text, FONTS[pick(s.u[101], len(FONTS))], 96), size, x, y, w, h, angle)
 
 def object_mask(name:str, size:int, x, y, side, angle=0.)->Image.Image: return place(ink(chr(OBJECTS[name])), size, x, y, side, angle)
 
@@ -272,12 +274,9 @@ def several_parts(s:Scene, size:int)->list:
     return out
 
 # %% ../nbs/00_world.ipynb #59d482ad
-def label_part(s:Scene, text:str, size:int, x, y, w, h, font:str='DejaVuSans')->Part: # centre and box, shares of the frame
+def label_part(s:Scene, text:str, size:int, x, y, w, h, font:str='DejaVuSans')->Part: # as `fitted`
     "Small print in the foreground colour"
-    masks = ink(text, font, 96)
-    mw, mh = masks[0].size
-    side = min(w, h*mw/mh) if mw >= mh else min(h, w*mh/mw)
-    return Part('word', text, place(masks, size, x, y, side), tones(s)[0])
+    return Part('word', text, fitted(ink(text, font, 96), size, x, y, w, h), tones(s)[0])
 
 def series(s:Scene)->list:
     "Three to five (name, value) pairs of a chart or table; names differ, values are 1 to 9"
@@ -458,9 +457,6 @@ class World:
         "factor -> (n,) int64, -1 where a scene has none"
         rows = np.array([[s.label(f) for f in FACTORS] for s in self.scenes()])
         return {f: rows[:, k] for k, f in enumerate(FACTORS)}
-
-    @property
-    def classes(self)->dict: return FACTORS
 
     @cached_property
     def captions(self)->list: return [caption(s, self.policy) for s in self.scenes()]

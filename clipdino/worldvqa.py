@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
@@ -284,7 +286,6 @@ def png(picture:Image.Image)->bytes:
 
 def parquet_schema():
     "VMCBench's columns; the metadata tells Hugging Face's datasets that `image` is a picture"
-    import pyarrow as pa  # only those who export need it
     types = dict(index='int64', question='string', **{l: 'string' for l in LETTERS}, answer='string', category='string')
     features = {**{k: dict(dtype=t, _type='Value') for k, t in types.items()}, 'image': dict(_type='Image')}
     image = pa.struct([('bytes', pa.binary()), ('path', pa.string())])
@@ -292,7 +293,6 @@ def parquet_schema():
 
 def to_parquet(questions:Questions, path:Path, group:int=256): # rows of a group
     "Write questions and pictures as a Parquet file, whole"
-    import pyarrow as pa, pyarrow.parquet as pq
     schema = parquet_schema()
     with whole(path) as tmp, pq.ParquetWriter(tmp, schema) as f:
         for a in range(0, len(questions), group):

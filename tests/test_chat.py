@@ -98,7 +98,7 @@ def test_the_layout_of_llava_instruct(tmp_path):
             dict(id='6', conversations=[*said('left out', roles=('gpt', 'human')), *said('And?', 'Yes')])]
     c = LlavaJson(*written(tmp_path, rows, ['coco/train2017/1.jpg', 'gqa/images/2.jpg']), max_bad=.2)
     assert [c.turns(i) for i in range(len(c))] == [[('What?', 'A cat.'), ('Where?', 'There.')], [('What?\nAnswer the question using a single word or phrase.', 'dog')], [('Hello', 'Hi')], [('Is it grey?', 'No')], [('And?', 'Yes')]]
-    assert [c.picture_id(i) for i in range(5)] == [0, 1, -1, 0, -1] and [c.has_picture(i) for i in (0, 2)] == [True, False] and len(c.pictures) == 2
+    assert [c.picture_id(i) for i in range(5)] == [0, 1, -1, 0, -1] and len(c.pictures) == 2
     assert list(c.unusable()) == [('row 3, ocr_vqa/images/4.jpg', 'missing picture')] and c.missing == Counter({'missing picture': 1})
 
 @pytest.mark.parametrize('ascii', [True, False])
@@ -321,11 +321,11 @@ def test_rows_are_what_render_gives():
     b = batches(c)
     step, ids = b.rows(3), b.plan(3)
     for k, i in enumerate(ids):
-        want, loss = render(words(), c.turns(i), c.has_picture(i), 4, template='chatml')
+        want, loss = render(words(), c.turns(i), c.picture_id(i) >= 0, 4, template='chatml')
         n = len(want)
         assert (step['ids'][k, :n].numpy() == want).all() and (step['targets'][k, :n].numpy() == np.where(loss, want, -100)).all()
         assert step['mask'][k].tolist() == [1]*n + [0]*(len(step['mask'][k]) - n) and (step['targets'][k, n:] == -100).all() and (step['ids'][k, n:] == words().pad_token_id).all()
-        assert step['image'][k].sum() == 4*c.has_picture(i) and step['pictures'][k] == c.picture_id(i)
+        assert step['image'][k].sum() == 4*(c.picture_id(i) >= 0) and step['pictures'][k] == c.picture_id(i)
     assert step['ids'].shape[1] - max(b.lengths[ids]) in range(8) and step['n_targets'] == (step['targets'] != -100).sum()
 
 @pytest.mark.parametrize('n, batch, mega', [(100, 8, 3), (64, 8, 64), (8, 8, 1), (37, 5, 2)])

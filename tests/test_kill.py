@@ -1,6 +1,5 @@
 "Runs that are killed at any moment and started again end with the bytes of an unbroken run."
 import json, os, random, signal, time
-from pathlib import Path
 
 import pytest
 import torch

@@ -7,7 +7,7 @@ import pytest
 from papermill.cli import _resolve_type
 
 from clipdino import grid, pretrain, probe, vlm, vmcbench
-from clipdino.core import PRESETS, SettingsError, one_of
+from clipdino.core import PRESETS, SettingsError, listed, one_of
 from clipdino.data import _parts
 from clipdino.encoders import SCHEMES, load_encoder
 from clipdino.grid import RUNS
@@ -62,7 +62,7 @@ def check_run(run):
         with pytest.MonkeyPatch.context() as m:
             m.setattr(vlm.LlavaJson, 'places', lambda *places: places)
             vlm.check_inputs(run)
-    if isinstance(run, probe.ProbeRun): [split_spec(s.removeprefix('maps:')) for s in probe.specs(run) if s != 'world']
+    if isinstance(run, probe.ProbeRun): [split_spec(s.removeprefix('maps:')) for s in listed(run.data) if s != 'world']
     if isinstance(run, pretrain.Pretrain):
         assert run.data == 'world' or all(p.endswith('.tar') or '/' in p for p in _parts(run.data)), run.data
         if run.probe_data: split_spec(run.probe_data)
@@ -124,10 +124,10 @@ def test_objectives_from_elsewhere(tmp_path, monkeypatch):
     assert p.returncode == 0 and (folder/'result.json').exists(), p.stderr
     e = load_encoder(str(folder))
     assert e.dim == 32 and not e.has_text
-    def importing(plugins, first): return subprocess.run([sys.executable, '-c', f'import clipdino.{first}; from clipdino.objectives import OWN; print(list(OWN))'], cwd=tmp_path, env=dict(env, CLIPDINO_PLUGINS=plugins), capture_output=True, text=True)
+    def importing(plugins, first): return subprocess.run([sys.executable, '-c', f'import clipdino.{first}; from clipdino.core import load_plugins; load_plugins(); from clipdino.objectives import OWN; print(list(OWN))'], cwd=tmp_path, env=dict(env, CLIPDINO_PLUGINS=plugins), capture_output=True, text=True)
     for first in 'pretrain', 'objectives', 'encoders': assert importing('simclr', first).stdout == "['simclr']\n", first
     (tmp_path/'late.py').write_text('from clipdino.probe import device_of')  # which itself needs all of pre-training
-    assert importing('late', 'pretrain').returncode == 0
+    assert importing('late', 'encoders').returncode == 0
     for wrong in 'simclr.py', 'nothing', 'clipdino.nothing.at_all', './simclr.py': assert f'CLIPDINO_PLUGINS names {wrong}, and no such module is found' in importing(wrong, 'pretrain').stderr
     monkeypatch.setitem(pretrain.OWN, 'simclr', Own(make=None, views=None, captions=True))
     assert load_encoder(str(folder)).has_text  # as it says of itself where it is known

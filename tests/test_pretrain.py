@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clipdino.core import SettingsError, read_json, write_json
-from clipdino.pretrain import OBJECTIVES, NonFinite, Trainer, accelerator, ahead, check_settings, complete, cost, final_scores, finish, fit, open_encoder, pretrain, ranks, settings, state_tensors, tensors_digest
+from clipdino.pretrain import OBJECTIVES, NonFinite, Trainer, accelerator, ahead, check_settings, complete, cost, final_scores, finish, fit, open_encoder, ranks, settings, state_tensors, tensors_digest
 
 def smoke(objective, name, **given): return settings('smoke', objective, **{'name': name, 'probes': 0, 'save_every': 32, **given})
 

@@ -308,14 +308,15 @@ def test_variants_are_not_mixed_with_the_main_runs(tmp_path):
 
 BOTH_LLMS = [(o, 'llm=other') for o in ('clip', 'dino')]
 
-@pytest.mark.parametrize('clip, dino, own, verdict', [(.6, .5, (.9, .6), 'replicated'), (.95, .5, (.6, .5), 'replicated'), (.8, .5, (.9, .8), 'reversed'), (.9, .8, (.8, .5), 'reversed'), (.9, .5, (.8, .6), 'dino not shown to answer more with one of them'),
+@pytest.mark.parametrize('clip, dino, own, verdict', [(.6, .5, (.9, .6), 'replicated'), (1., .65, (.45, .5), 'replicated'), (.8, .5, (.9, .8), 'reversed'), (.9, .8, (.8, .5), 'reversed'), (.9, .5, (.8, .6), 'dino not shown to answer more with one of them'),
                                                      (.9, .45, (.6, .6), 'dino not shown to answer more with one of them'), (.25, .25, (.9, .5), 'clip not shown above chance with both'), (.9, .5, (.4, .25), 'dino not shown above chance with both')])
 def test_gaps_with_two_language_models(tmp_path, clip, dino, own, verdict):
     "Whichever is the better one; and the claim means nothing if one of them is not better for both encoders, or the other good for nothing"
     shares = {('clip', 'llm=other'): clip, ('dino', 'llm=other'): dino, ('clip', ''): own[0], ('dino', ''): own[1]}
     t = judged(tmp_path, answers={k: lambda c, v=v: v for k, v in shares.items()}, more=BOTH_LLMS)
     assert (t.floor['8'] or t.verdict['8']) == verdict and (t.verdict['8'] == 'not shown better') == (t.floor['8'] != '')
-    if not t.floor['8']: assert t.effect['8'] == pytest.approx(20 if verdict == 'replicated' else -20, abs=8)
+    gain = 100*(clip - dino - own[0] + own[1])
+    if not t.floor['8']: assert t.effect['8'] == pytest.approx(gain if clip + dino > sum(own) else -gain, abs=8)
 
 def test_seeds_that_both_language_models_have(tmp_path):
     write(tmp_path, **AS_THE_PAPER, more=BOTH_LLMS)

@@ -5,10 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 import transformers
-from filelock import FileLock
 from helpers import context, group, start
 from PIL import Image
 from test_chat import DATES, said as turns, written
@@ -21,7 +19,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 from clipdino.chat import Form, LlavaJson, TEMPLATES, render
 from clipdino.core import Metrics, SettingsError, generator
 from clipdino.encoders import load_encoder
-from clipdino.lm import small_lm
 from clipdino.pretrain import NonFinite, accelerator, arguments, pretrain, settings as clip_settings
 from clipdino.questions import prompt, squares
 from clipdino.vlm import CONNECTORS, Parts, Reader, Seen, Stage, main, make_chats, make_processor, make_vlm, open_llm, rate, settings, tower_of, tower_tokens, train, train_vlm
@@ -505,20 +502,6 @@ def test_a_run_that_is_complete_is_looked_up(monkeypatch, capsys):
     monkeypatch.setattr('clipdino.vlm.Parts', None)
     assert train_vlm(smoke('done')) == result and 'done is complete; delete its folder to run it again' in capsys.readouterr().out
     with pytest.raises(SettingsError, match='done was begun with other settings: seed was 0 and is now 1'): train_vlm(smoke('done', seed=1))
-
-def hold(folder, ready):
-    with FileLock(folder/'.lock'):
-        ready.set()
-        time.sleep(60)
-
-def test_a_second_process_is_refused(top, monkeypatch):
-    (top/'runs/held').mkdir(parents=True)
-    ready = context.Event()
-    p = start(hold, top/'runs/held', ready)
-    ready.wait()
-    monkeypatch.setattr('clipdino.core.FileLock', lambda path, timeout: FileLock(path, timeout=.1))
-    with pytest.raises(SettingsError, match='another process is running held; wait for it, or give this run another name'): train_vlm(smoke('held'))
-    p.kill(), p.join()
 
 def test_what_is_not_finite_stops_the_run_before_it_does_harm():
     p = parts(smoke('nan'))

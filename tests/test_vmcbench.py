@@ -484,6 +484,5 @@ def test_untrained_is_a_model_for_any_questions(tmp_path):
     assert r['score']['n'] == 12 and r['vlm']['name'] == 'untrained' and len(r['score']['missing']) == 8 and Path('runs/score-untrained/result.json').exists()
 
 def test_the_worlds_questions():
-    pytest.importorskip('clipdino.worldvqa')
     r = evaluate(settings('smoke', vlm='untrained', how='likelihood'))
     assert r['score']['n'] == 40 and r['score']['missing'] == [] and {g for g in GROUPS} < set(r['score']['protocols']['likelihood']['sets'])

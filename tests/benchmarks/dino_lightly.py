@@ -38,7 +38,7 @@ class Theirs(nn.Module):
         self.loss = DINOLoss(run.prototypes, run.teacher_temp, run.teacher_temp, 0, run.student_temp, run.centre_momentum)
     def set_progress(self, done): pass
     def before_step(self): pass
-    def after_step(self, done):
+    def after_step(self, done, ok):
         m = cosine(self.run.momentum, 1., done)
         update_momentum(self.encoder, self.teacher, m), update_momentum(self.head, self.teacher_head, m)
     def forward(self, views):
@@ -76,7 +76,7 @@ def main(spec, out, images):
             m.before_step()
             opts[k].step()
             opts[k].zero_grad()
-            m.after_step((step + 1)/run.steps)
+            m.after_step((step + 1)/run.steps, torch.tensor(1.))
             losses[k].append(loss.item())
         if (step + 1) % max(run.steps//8, 1) == 0: evaluate((step + 1)*run.batch)
 

@@ -12,7 +12,6 @@ without its first fifth; seconds is the whole process; peak_mb the greatest prop
 a JPEG to at most `--canvas` px (the `paper` preset's ratio to the view) and cuts all crops from that, the others cut them from the full picture.
 """
 import argparse, os, sys, time
-from pathlib import Path
 
 import torch
 from torch import nn
