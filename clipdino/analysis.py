@@ -8,10 +8,11 @@ __all__ = ['SIZES', 'CHANGED', 'SIDE', 'SYMBOLS', 'STRUCTURE', 'LEAST', 'Analysi
            'hsic', 'gram', 'cka', 'uniformity', 'dimensions', 'class_gap', 'alignment', 'all_layers', 'structure',
            'conflict', 'conflicts', 'show_conflicts', 'ShardPictures', 'First', 'open_pictures', 'disagreement',
            'analyse', 'analyse_in', 'dots', 'names_in', 'show_sensitivity', 'show_similarities', 'show_shared',
-           'show_gallery', 'show_cka', 'patch_colours', 'show_patches', 'collect', 'show_objectives']
+           'show_gallery', 'show_cka', 'patch_colours', 'show_patches', 'collect', 'show_objectives', 'main']
 
 # %% ../nbs/04_analysis.ipynb #8bd165a4
 import math
+from collections import Counter
 from dataclasses import dataclass, fields
 from itertools import combinations, product
 from pathlib import Path
@@ -24,11 +25,11 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from .core import Settings, SettingsError, alone, check, digest, environment, in_test, injected, listed, one_of, read_json, root, run_dir, say, theme, whole, write_json
+from .core import Settings, SettingsError, alone, check, digest, environment, in_test, injected, listed, one_of, read_json, results_dir, run_dir, say, theme, whole, write_json
 from .data import Shards, middle
 from .encoders import Encoder, grid_of, load_encoder
 from .pairs import THRESHOLDS, Pairs, by_ranks, by_thresholds, distinct, shared
-from .pretrain import check_settings, looked_up
+from .pretrain import check_settings, looked_up, program
 from .probe import Pictures, device_of, features, over_seeds, picture, slug
 from .readouts import linear_probe, wilson
 from .sets import open_set
@@ -301,14 +302,17 @@ STRUCTURE = 2048  # pictures, at most
 def analyse(run:AnalysisRun)->dict:
     "Analyse encoders, or look up an analysis that is complete; its result"
     encoders = [load_encoder(n, device_of(run.device)) for n in run.names]
+    count = Counter(e.name for e in encoders)
     for e, n in zip(encoders, run.names):
-        if sum(o.name == e.name for o in encoders) > 1: e.name = n
+        if count[e.name] > 1: e.name = n
     with alone(run_dir(run.folder_name)) as folder: return analyse_in(folder, encoders, run)
 
 def analyse_in(folder:Path, encoders:list, run:AnalysisRun)->dict:
-    check_settings(folder, run, digest([e.fingerprint for e in encoders]), anew=not (folder/'result.json').exists())
-    if (folder/'result.json').exists(): return looked_up(folder)
     source, labels = open_pictures(run)
+    check(len(source) >= 8, f'{run.data} has {len(source)} test pictures; it takes at least 8')
+    fingerprints = [e.fingerprint for e in encoders]
+    check_settings(folder, run, digest(fingerprints if run.data == 'world' else [*fingerprints, source.fingerprint]), anew=not (folder/'result.json').exists())
+    if (folder/'result.json').exists(): return looked_up(folder)
     some = np.arange(min(STRUCTURE, len(source)))
     images = source.batch(some, max(e.size for e in encoders))
     y = labels.get('object', labels.get('class'))
@@ -407,6 +411,7 @@ def show_patches(run:AnalysisRun, n:int=8):
     "Pictures, and what two encoders make of their patches"
     source, _ = open_pictures(run)
     encoders = [load_encoder(e) for e in run.names[:2]]
+    n = min(n, len(source))
     images = source.batch(np.arange(n), max(max(e.size for e in encoders), 96))
     rows = [('picture', images)]
     for e in encoders:
@@ -444,3 +449,12 @@ def show_objectives(runs:pd.DataFrame): # from `collect`
     b.set_yticklabels(['distinct\nsymbols', 'colours of\na symbol', 'styles of\na symbol'])
     b.set(xlabel='mean cosine similarity', title='symbols')
     b.legend(loc='center left', bbox_to_anchor=(1, .5))
+
+def main(args=None):
+    "`python -m clipdino.analysis --encoders ...`"
+    def go(**given):
+        result = analyse(settings(**given))
+        return dict(name=result['name'], pairs={s: result['disagreement'][s]['distinct'] for s in ('first', 'second')})
+    program('clipdino.analysis', AnalysisRun, go, 'Analyse encoders.', args)
+
+if __name__ == '__main__' and '__file__' in globals(): main()  # as a program; in a notebook there is no file

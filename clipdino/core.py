@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'MENDS', 'PACKAGES', 'SettingsError', 'check', 'listed', 'one_of', 'lossless', 'load_plugins', 'Settings',
-           'injected', 'CannotWrite', 'writing', 'sync', 'root', 'in_test', 'runs_dir', 'run_dir', 'alone', 'locked',
-           'cache_dir', 'whole', 'write_json', 'read_json', 'Metrics', 'commit', 'cores', 'environment', 'mix',
-           'uniform', 'generator', 'seeded', 'np_rng', 'permute', 'terminal', 'Progress', 'say', 'prefetch', 'digest',
-           'stamp', 'theme']
+           'injected', 'CannotWrite', 'writing', 'sync', 'root', 'results_dir', 'in_test', 'runs_dir', 'run_dir',
+           'alone', 'locked', 'cache_dir', 'whole', 'write_json', 'read_json', 'Metrics', 'commit', 'cores',
+           'environment', 'mix', 'uniform', 'generator', 'seeded', 'np_rng', 'permute', 'terminal', 'Progress', 'say',
+           'prefetch', 'digest', 'stamp', 'theme']
 
 # %% ../nbs/00_core.ipynb #d77a32ce
 import errno, hashlib, json, os, platform, re, secrets, shutil, subprocess, sys, tempfile, time
@@ -121,6 +121,10 @@ def root()->Path:
     here = Path.cwd()
     return next((p for p in (here, *here.parents) if (p/'settings.ini').exists()), here)
 
+def results_dir()->Path:
+    "The result files that come with the code, wherever it is run"
+    return (Path(__file__).parent.parent if '__file__' in globals() else root())/'nbs'/'results'
+
 def in_test()->bool: return bool(os.environ.get('IN_TEST'))
 
 @cache
@@ -132,7 +136,7 @@ def runs_dir()->Path:
 
 def run_dir(name:str)->Path:
     "Folder `runs/<name>` for the files of a run, made if need be"
-    check(name not in ('', '.', '..') and not set(name) & set('/\\'), f'name={name!r} is no folder name')
+    check(name not in ('', '.', '..') and not set(name) & set('/\\\0'), f'name={name!r} is no folder name')
     d = runs_dir()/name
     with writing(d): d.mkdir(parents=True, exist_ok=True)
     return d
@@ -188,7 +192,9 @@ def write_json(path:Path, data):
     "Write `data` as `path`, whole"
     with whole(path) as tmp: tmp.write_text(json.dumps(data, indent=1, allow_nan=False) + '\n')
 
-def read_json(path:Path): return json.loads(Path(path).read_text())
+def read_json(path:Path):
+    try: return json.loads(Path(path).read_text())
+    except ValueError as e: raise SettingsError(f'{path} is damaged: {e}') from None
 
 # %% ../nbs/00_core.ipynb #38af202a
 class Metrics:
@@ -318,7 +324,7 @@ def digest(*parts)->str:
 
 def stamp()->str:
     "A digest of the study's result files; pages print the one that they were made from, so that a stale page is noticed"
-    files = sorted((root()/'nbs'/'results'/'study').glob('*.csv'))
+    files = sorted((results_dir()/'study').glob('*.csv'))
     return digest([p.name for p in files], *(p.read_bytes() for p in files))
 
 # %% ../nbs/00_core.ipynb #36f13ea5

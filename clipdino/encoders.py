@@ -31,9 +31,9 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
-from .core import SettingsError, check, load_plugins, read_json, root, say, seeded
+from .core import SettingsError, check, load_plugins, read_json, runs_dir, say, seeded
 from .objectives import MEAN, STD, layers_of, make_encoder
-from .pretrain import Pretrain, dtype_of, make_objective, open_encoder, reads_captions, tensors_digest
+from .pretrain import Pretrain, dtype_of, kind_of, make_objective, open_encoder, reads_captions, tensors_digest
 from .views import centre
 
 # %% ../nbs/03_encoders.ipynb #0855d5e4
@@ -211,12 +211,12 @@ def open_folder(folder:Path)->Encoder:
 # %% ../nbs/03_encoders.ipynb #891055f8
 def folder_of(name:str)->Path|None:
     "The folder of that path, or that run under `runs/`"
-    return next((f for f in (Path(name).expanduser(), root()/'runs'/name) if name and f.is_dir()), None)
+    return next((f for f in (Path(name).expanduser(), runs_dir()/name) if name and f.is_dir()), None)
 
 def open_random(name:str)->Encoder: # a timm name, or a run
     "Untrained weights"
     if (folder := folder_of(name)) is not None:
-        check((folder/'settings.json').exists(), f'random:{name} is a folder, but of no run: it has no settings.json')
+        check((folder/'settings.json').exists() and kind_of(read_json(folder/'settings.json')) == 'pretrain', f'random:{name} is a folder, but of no pre-training run')
         run = run_settings(folder)
         with dtype_of(run): model = make_encoder(run.arch, run.image_size, run.seed)
         return TimmEncoder(f'random:{folder.name}', model.float(), run.image_size, MEAN, STD)
@@ -340,6 +340,7 @@ def open_open_clip(name:str)->Encoder: # MODEL, MODEL/TAG, MODEL/FILE, hf-hub:OR
     scheme, where = parse_model_name(name)
     source, weights = (name, '') if scheme else (name.split('/', 1) + [''])[:2]
     model = open_clip_model(source, weights)
+    if not (scheme or weights): say(f'open_clip:{name} names no weights, so they are random; open_clip:{name}/TAG has those of a TAG in open_clip.list_pretrained()')
     def towers():
         with reading(f'the tokenizer of open_clip:{source}'): return OpenClipTowers(model, open_clip.get_tokenizer(source))
     p, v = model.visual.preprocess_cfg, model.visual

@@ -142,7 +142,7 @@ def train_small(run:SmallLM, tokenizer, device='cpu', folder:Path|None=None, eve
         ids, weights = ids.to(device), weights.to(device)
         weights[torch.isin(ids, letters) & (weights == 1)] = 3.  # what all else is for
         for g in (g for o in opts for g in o.param_groups): g['lr'] = run.lr*min(step/100, 1, 2*(1 - (step - 1)/steps))  # up, level, and down over the second half
-        logits = model(ids[:, :-1]).logits
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda): logits = model(ids[:, :-1]).logits
         losses = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction='none')
         loss = (losses*weights[:, 1:].flatten()).sum()/weights[:, 1:].sum()
         loss.backward()

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['OBJECTIVES', 'DISTILS', 'SMOKE', 'MINI', 'SMALL', 'PAPER', 'VIEW_SETTINGS', 'DINO_VIEWS', 'BY_OBJECTIVE', 'SOURCES',
            'FREE', 'ROUNDING', 'GPUS', 'REFUSED', 'MACHINERY', 'LOOKS', 'TextSettings', 'DINOSettings',
-           'HybridSettings', 'Pretrain', 'validate', 'launched', 'world_size', 'reads_captions', 'check_inputs',
-           'settings', 'make_objective', 'dtype_of', 'one_view', 'two_views', 'view_groups', 'make_source',
-           'param_groups', 'schedule', 'features', 'world_tasks', 'labelled_task', 'Probe', 'state_tensors',
-           'tensors_digest', 'save_state', 'load_state', 'clip_gradients', 'NonFinite', 'kind_of', 'check_kind',
-           'check_settings', 'make_probe', 'precision_of', 'accelerator', 'on_main', 'agree', 'Parts', 'Trainer',
-           'last_scores', 'Watch', 'fit', 'cost', 'Blank', 'seconds_per_image', 'costs', 'show_costs', 'ahead',
-           'export_encoder', 'open_encoder', 'ranks', 'retrieval', 'final_scores', 'finish', 'complete', 'looked_up',
-           'only_one', 'train', 'pretrain', 'arguments', 'spawn', 'program', 'main', 'collect', 'recipe',
-           'show_samples', 'show_views', 'show_curves', 'show_learning']
+           'HybridSettings', 'Pretrain', 'validate', 'launched', 'world_size', 'reads_captions', 'unused',
+           'check_inputs', 'settings', 'make_objective', 'dtype_of', 'one_view', 'two_views', 'view_groups',
+           'make_source', 'param_groups', 'schedule', 'features', 'world_tasks', 'labelled_task', 'Probe',
+           'state_tensors', 'tensors_digest', 'save_state', 'load_state', 'clip_gradients', 'NonFinite', 'kind_of',
+           'check_kind', 'check_noted', 'check_settings', 'make_probe', 'precision_of', 'accelerator', 'on_main',
+           'agree', 'Parts', 'Trainer', 'last_scores', 'Watch', 'fit', 'cost', 'Blank', 'seconds_per_image', 'costs',
+           'show_costs', 'ahead', 'export_encoder', 'open_encoder', 'ranks', 'retrieval', 'final_scores', 'finish',
+           'complete', 'looked_up', 'only_one', 'train', 'pretrain', 'arguments', 'spawn', 'program', 'main', 'collect',
+           'recipe', 'show_samples', 'show_views', 'show_curves', 'show_learning']
 
 # %% ../nbs/02_pretrain.ipynb #568ea07d
 import argparse, hashlib, inspect, json, math, os, re, shutil, subprocess, sys, tempfile, textwrap, time
@@ -185,13 +185,22 @@ def reads_captions(objective:str)->bool:
     "Whether an objective that is known here has a text tower"
     return OWN[objective].captions if objective in OWN else objective in OBJECTIVES and objective != 'dino'
 
+def unused(objective:str)->list:
+    "Settings that an objective does not read"
+    text, dino, hybrid = ([f.name for f in fields(c)] for c in (TextSettings, DINOSettings, HybridSettings))
+    lm = ['text_model', 'unlocked']
+    if objective in OWN: return []
+    return {'dino': [*text, 'captions'], 'hybrid': lm}.get(objective, [*dino, *(lm if objective != 'clip-lm' else [f for f in text if f not in (*lm, 'dim', 'context')])]) + hybrid*(objective != 'hybrid')
+
 def check_inputs(run:Pretrain):
     "Refuse a run that can't be split over its processes, or whose shards or text model are not there"
     check(os.environ.get('ACCELERATE_USE_FSDP', 'false') != 'true', 'accelerate launch --use_fsdp would split weights that every process needs whole: launch without it')
     check(run.data != '', 'data is empty: give image-text shards with -p data, or world')
     check(not run.eval_data or reads_captions(run.objective), f'eval_data is for objectives that read captions, and {run.objective} reads none')
+    usual = settings(run.preset, run.objective)
+    vain = [f for f in unused(run.objective) if getattr(run, f) != getattr(usual, f)]
+    check(not vain, f'{", ".join(vain)}: {run.objective} has no use for it; leave it out, or take another objective')
     if run.data != 'world':
-        usual = settings(run.preset, run.objective)
         for f in ('captions', 'images'): check(getattr(run, f) == getattr(usual, f), f'{f}={getattr(run, f)} is for data=world; shards have the {f} that are in them')
     n = world_size(run)
     check(run.batch % n == 0, f'batch={run.batch} must be a multiple of the {n} processes')
@@ -208,7 +217,7 @@ SMOKE = dict(images=128, canvas=32, samples=128, batch=16, arch='clipdino_vit_sm
 MINI = {}
 SMALL = dict(images=262144, canvas=144, samples=3_145_728, batch=1024, image_size=128, arch='vit_small_patch16_224', dim=384, text_width=384, text_layers=6, vocab=8192,
              local_size=64, local_crops=8, prototypes=8192, head_hidden=2048, bottleneck=256, momentum=.99, probes=8, save_every=524288, workers=8)
-PAPER = dict(data='', canvas=384, samples=245_760_000, batch=8192, lr=1e-3, min_lr=0., warmup=1000/30000, beta2=.95, eps=1e-6, weight_decay=.2, weight_decay_end=.2,
+PAPER = dict(data='', canvas=384, samples=245_760_000, batch=8192, micro=256, lr=1e-3, min_lr=0., warmup=1000/30000, beta2=.95, eps=1e-6, weight_decay=.2, weight_decay_end=.2,
              image_size=224, arch='vit_base_patch16_224', dim=512, text_width=512, text_layers=12, vocab=CLIP_VOCAB, context=77, text_model='roberta-base', unlocked=10,
              local_size=96, local_crops=8, prototypes=65536, head_hidden=2048, bottleneck=256, workers=16, probes=20, save_every=4_096_000)
 VIEW_SETTINGS = 'crop_min', 'local_crops', 'local_size', 'local_min', 'local_max', 'hue'
@@ -406,15 +415,19 @@ def check_kind(folder:Path, run:Settings):
     then, own = (kind_of(s) for s in (read_json(folder/'settings.json') if (folder/'settings.json').exists() else asdict(run), asdict(run)))
     check(then == own, f'{folder.name} is a run of {then}, and not of {own}: give this one another name')
 
+def check_noted(folder:Path):
+    "Refuse a result of which nobody knows with what settings it was made"
+    check((folder/'settings.json').exists() or not (folder/'result.json').exists(), f'{folder.name} has a result.json and no settings.json: delete the folder, or give this run another name')
+
 def check_settings(folder:Path, run:Settings, fingerprint:str, precision:str='', # what training is in: fp32, bf16 or fp64
                    anew:bool=False): # whether an attempt before this one left nothing that binds it
     "Refuse to continue a run of another kind or with other settings, data or precision; note them when it is new"
     path, now = folder/'settings.json', dict(asdict(run), fingerprint=fingerprint)
-    check_kind(folder, run)
+    check_kind(folder, run), check_noted(folder)
     if anew: path.unlink(missing_ok=True)
     if path.exists():
         then = {**{f.name: f.default for f in fields(run)}, **read_json(path)}  # a setting that is newer than the run had its default
-        other = {k: f'{k} was {then.get(k)!r} and is now {v!r}' for k, v in now.items() if then.get(k) != v and k not in FREE}
+        other = {k: f'{k} was {then.get(k)!r} and is now {v!r}' if k != 'fingerprint' else 'the data or models that it reads are others now' for k, v in now.items() if then.get(k) != v and k not in FREE}
         rounding = [other.pop(k) for k in ROUNDING if k in other]
         check(not other, f'{folder.name} was begun with other settings: {"; ".join(other.values())}; give the new run another name')
         if rounding: say(f'{"; ".join(rounding)}: sums are taken in another order, so the end will differ from an unbroken run by rounding')
@@ -466,7 +479,7 @@ class Parts:
         self.run, self.folder, self.environment = run, folder, environment()
         self.source = make_source(run) if source is None else source
         self.acc = acc or accelerator(run, folder)
-        on_main(self.acc, lambda: check_settings(folder, run, self.source.fingerprint, precision_of(run)))
+        on_main(self.acc, lambda: check_settings(folder, run, self.source.fingerprint, precision_of(run), anew=not any(folder.glob('state-*'))))
         if run.tracker: self.acc.init_trackers('clipdino', asdict(run))
         ranks, dtype = self.acc.num_processes, torch.float64 if run.precision == 'fp64' else torch.float32
         check(run.batch % ranks == 0, f'batch={run.batch} must be a multiple of the {ranks} processes')
@@ -599,7 +612,7 @@ def fit(t:Trainer)->dict:
         if t.step % every == 0 or t.step == run.steps:
             t.stop_if_failed()
             values, seconds = {k: v.item() for k, v in out.items()}, time.time() - clock
-            t.log(**values, lr=schedule(run, t.step/run.steps)['lr'], images_per_s=(t.step - since)*run.batch/seconds, waited=waited/seconds)
+            t.log(**values, lr=schedule(run, (t.step - 1)/run.steps)['lr'], images_per_s=(t.step - since)*run.batch/seconds, waited=waited/seconds)
             if main: t.watch(values, t.step/run.steps), shown(t.step, **values, **scores)
             clock, waited, since = time.time(), 0., t.step
         if t.step in probe_at:
@@ -703,6 +716,7 @@ def ranks(queries, keys, batch:int=256)->torch.Tensor: # (n, D), (n, D) -> (n,)
         out.append((s > own).sum(1) + ((s == own).sum(1) - 1)/2)
     return torch.cat(out)
 
+@torch.compiler.set_stance('force_eager')  # shapes that are seen once are not worth compiling
 @torch.inference_mode()
 def retrieval(trainer, source, batch:int=256)->dict:
     "Image-text retrieval on held-out pairs: recall@1, 5, 10 both ways, with one caption per image, and how many pairs were left out as bad"
@@ -753,6 +767,7 @@ def finish(t:Trainer, scores:dict, seconds:float)->dict: # last accuracies of th
 def complete(folder:Path, run:Pretrain)->dict|None:
     "The result of a run that is complete"
     if not (folder/'result.json').exists(): return None
+    check_noted(folder)
     check_settings(folder, run, read_json(folder/'settings.json')['fingerprint'])
     return looked_up(folder)
 
@@ -860,10 +875,7 @@ MACHINERY = 'max_bad', 'micro', 'processes', 'workers', 'augment', 'precision', 
 def recipe(preset:str)->tuple: # -> settings that all objectives share, settings that differ ('-': has none); with sources for `paper`
     "What is the same for all objectives of a preset, and what differs"
     table = pd.DataFrame({o: asdict(settings(preset, o)) for o in OBJECTIVES}).drop(['objective', 'preset', 'seed', 'name', *MACHINERY, *(('images', 'captions') if preset == 'paper' else ())])
-    text, dino, hybrid = ([f.name for f in fields(c)] for c in (TextSettings, DINOSettings, HybridSettings))
-    lm = ['text_model', 'unlocked']
-    for names, having in (text, [o for o in OBJECTIVES if o != 'dino']), (dino, DISTILS), (hybrid, ['hybrid']), (lm, ['clip-lm']): table.loc[names, [o for o in OBJECTIVES if o not in having]] = '-'
-    table.loc[[f for f in text if f not in (*lm, 'dim', 'context')], 'clip-lm'] = '-'
+    for o in OBJECTIVES: table.loc[[f for f in unused(o) if f in table.index], o] = '-'
     source = dict(source=[SOURCES.get(k, '') for k in table.index]) if preset == 'paper' else {}
     differs = table.nunique(axis=1) > 1
     table = table.assign(**source)

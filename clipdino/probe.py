@@ -7,8 +7,9 @@ __all__ = ['SIZES', 'FEATURES', 'TASKS', 'WITHIN', 'POOLED', 'MAPS', 'PARTS', 'P
            'settings', 'device_of', 'functions', 'pooled', 'joint', 'patch_tokens', 'Read', 'readers', 'read_ahead',
            'fill', 'features', 'Pictures', 'even', 'Task', 'world_tasks', 'Opened', 'open_sets', 'set_task',
            'WorldMaps', 'OnlyPictures', 'dense', 'constant_iou', 'name_classes', 'probe_task', 'pool', 'probe_all',
-           'save_arrays', 'probe', 'probe_in', 'compare', 'main_tasks', 'picture', 'show_tasks', 'show_grid',
-           'show_maps', 'show_differences', 'collect', 'objective_of', 'over_seeds', 'show_objectives']
+           'save_arrays', 'probe', 'probe_in', 'comparable', 'compare', 'main_tasks', 'picture', 'show_tasks',
+           'show_grid', 'show_maps', 'show_differences', 'collect', 'objective_of', 'over_seeds', 'show_objectives',
+           'main']
 
 # %% ../nbs/03_probe.ipynb #67db0db3
 import os, re, shutil, sys, time
@@ -24,9 +25,9 @@ import seaborn as sns
 import torch
 from torch.utils.data import DataLoader
 
-from .core import Progress, Settings, SettingsError, alone, cache_dir, check, cores, digest, environment, in_test, injected, listed, locked, prefetch, read_json, root, run_dir, say, theme, whole, write_json
+from .core import Progress, Settings, SettingsError, alone, cache_dir, check, cores, digest, environment, in_test, injected, listed, locked, prefetch, read_json, results_dir, run_dir, say, theme, whole, write_json
 from .encoders import Encoder, grid_of, load_encoder
-from .pretrain import LOOKS, check_settings, looked_up, tensors_digest
+from .pretrain import LOOKS, check_settings, looked_up, program, tensors_digest
 from .readouts import READOUTS, authors_probe, check_features, choose, few_shot, fit_maps, fit_probes, grid, IGNORED, interval, knn, map_classes, mean_iou, overlaps, paired, report, try_settings
 from .sets import BASE, balanced, open_maps, open_set, split_spec
 from .world import FACTORS, FAMILIES, FAMILY_OF, World, annotations
@@ -54,6 +55,8 @@ class ProbeRun(Settings):
         super().__post_init__()
         for f, low in dict(train=64, test=32, limit=0, canvas=16, batch=1).items(): check(getattr(self, f) >= low, f'{f}={getattr(self, f)} must be at least {low}')
         check(self.layer != 0, 'layer=0 is none: blocks count from 1, or from -1 backwards')
+        check('/' not in self.against, f'against={self.against!r} must be the name of a run under runs/')
+        check(self.limit == 0 or listed(self.data) != ['world'], f'limit={self.limit} is for sets other than the world; train says how many pictures of the world')
 
     @property
     def folder_name(self)->str: return self.name or f'probe-{slug(self.encoder)}'
@@ -254,7 +257,9 @@ def dense(encoder:Encoder, train, test, run:ProbeRun, l2=(1e-4, 1e-3, 1e-2))->tu
     def part(s):
         maps = [s.batch(ids, encoder.size)[1] for ids in np.array_split(np.arange(len(s)), -(-len(s)//256))]
         return features(encoder, OnlyPictures(s), patch_tokens, run.layer, run.batch), np.concatenate(maps)
+    check(len(train) > 1, f'{train.name} has {len(train)} picture; it takes at least two')
     (x, m), (x_test, m_test), k = part(train), part(test), len(train.classes)
+    check((m_test != IGNORED).any(), f'the maps of {test.name} have no pixel that counts')
     cut, shape = len(x)*4//5, grid_of(x.shape[1])
     def fitted(strength, rows): return fit_maps(x[rows], m[rows], shape, k, strength, device_of(run.device))
     best = max(l2, key=lambda s: mean_iou(*overlaps(fitted(s, slice(cut)), x[cut:], m[cut:], shape))['miou'])
@@ -341,9 +346,12 @@ def probe(run:ProbeRun)->dict:
 def probe_in(folder:Path, encoder:Encoder, run:ProbeRun)->dict:
     other, done = folder.parent/run.against, (folder/'result.json').exists()
     check(done or not run.against or (other/'right.npz').exists() and (other/'result.json').exists(), f'{run.against} is no finished probing run to compare with')
-    check_settings(folder, run, encoder.fingerprint, anew=not done)
+    sets = open_sets(run)
+    data = [s.fingerprint for o in sets for s in (o.train, o.test) if s is not None]  # of the world there are none: settings say all
+    if run.against and not done: check(any(comparable(o, other) for o in sets), f'{run.against} has no task with the same test pictures')
+    check_settings(folder, run, digest(encoder.fingerprint, *data) if data else encoder.fingerprint, anew=not done)
     if done: return looked_up(folder)
-    results, right, maps = probe_all(encoder, run, open_sets(run))
+    results, right, maps = probe_all(encoder, run, sets)
     about = dict(name=encoder.name, fingerprint=encoder.fingerprint, size=encoder.size, dim=encoder.dim, depth=encoder.depth, layer=run.layer)
     result = dict(name=run.folder_name, encoder=about, tasks=results, environment=environment())
     if run.against: result['against'] = dict(name=run.against, differences=compare(results, right, other).to_dict('records'))
@@ -353,6 +361,12 @@ def probe_in(folder:Path, encoder:Encoder, run:ProbeRun)->dict:
     return result
 
 # %% ../nbs/03_probe.ipynb #aec5aebc
+def comparable(o:Opened, other:Path)->bool: # folder of a finished run
+    "Whether another run has these test pictures, as far as can be said before they are read"
+    theirs = read_json(other/'result.json')['tasks']
+    if o.test is None: return any(t in TASKS for t in theirs)
+    return o.name in theirs and (o.maps or theirs[o.name]['test'] == digest(list(o.classes), o.test.labels.tobytes()))
+
 def compare(results:dict, right:dict, other:Path)->pd.DataFrame: # of this run; folder of another, finished one
     "Differences to another run, this minus other, on tasks that both have with the same test pictures"
     theirs, rows = read_json(other/'result.json')['tasks'], []
@@ -460,3 +474,12 @@ def show_objectives(runs:pd.DataFrame, how:str='linear', tasks=('object', 'withi
     for i, c in enumerate(t.groupby('row').chance.first().reindex(tasks)): ax.plot([100*c]*2, [i - .4, i + .4], color='k', lw=1, ls=':', label=None if i else 'chance')
     ax.set(xlim=(0, 100), xlabel=f'test accuracy of the {HOW[how][0]}, %')
     ax.legend(loc='center left', bbox_to_anchor=(1, .5))
+
+def main(args=None):
+    "`python -m clipdino.probe --encoder ...`"
+    def go(**given):
+        result = probe(settings(**given))
+        return dict(name=result['name'], linear={t: round(r['linear']['top1'], 4) for t, r in result['tasks'].items() if 'linear' in r})
+    program('clipdino.probe', ProbeRun, go, 'Probe an encoder.', args)
+
+if __name__ == '__main__' and '__file__' in globals(): main()  # as a program; in a notebook there is no file

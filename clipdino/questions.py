@@ -199,6 +199,8 @@ class Files(Questions):
         self.skipped = Counter({'not four options': sum(row is None for row, _ in pairs)})
         pairs = sorted((p for p in pairs if p[0]), key=lambda p: p[0]['index'])[:limit or None]
         check(pairs, f'{name} has no question with four options')
+        twice = next(((a, b) for (a, x), (b, y) in zip(pairs, pairs[1:]) if a['index'] == b['index']), None)
+        check(twice is None, f'{name} has two questions with the index {twice and twice[0]["index"]}; each must have its own')
         looked = self.look([r for _, r in pairs])
         bad = [f'{r["where"]}, has {why}' for (_, r), (_, why) in zip(pairs, looked) if why]
         check(len(bad) <= BROKEN*len(pairs), f'{len(bad)} of {len(pairs)} questions of {name} lack a picture, more than {BROKEN:.0%}; the first, {"".join(bad[:1])}')

@@ -341,7 +341,7 @@ def fit_maps(tokens, maps, grid:tuple, classes:int, l2:float=1e-3, device='cpu',
     "A linear map from patch tokens to label maps"
     n, cells = tokens.shape[:2]
     blocks = Blocks(tokens.reshape(n*cells, 1, -1), Setting(l2), device)
-    maps, images = torch.as_tensor(maps), max(1, BLOCK//(classes*math.prod(maps.shape[1:])))
+    maps, images = torch.as_tensor(maps), max(1, (BLOCK << 6*(torch.device(device).type == 'cuda'))//(classes*math.prod(maps.shape[1:])))
     valid = (maps != IGNORED).sum().item()
     check(valid > 0, 'the label maps have no pixel that counts')
     def f(w, on):

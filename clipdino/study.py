@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['RESULTS', 'STAGES', 'GALLERY', 'PICTURES', 'MATCHINGS', 'CLAIMS', 'MARGIN', 'ALPHA', 'DIGITS', 'WAYS', 'OTHERWISE',
            'VERDICTS', 'UNITS', 'MARKS', 'LINES', 'LINE_COLOURS', 'VARIED', 'ONLY_CLIP', 'READ', 'deciding', 'identity',
-           'variant_key', 'finished', 'tables_dir', 'collect', 'pairs_of', 'questions_of', 'patches_of', 'read_table',
-           'Results', 'Effect', 'effect', 'by_seed', 'curves', 'at_end', 'like', 'matched', 'aligned', 'of_main',
-           'probed', 'mean_of', 'real_or', 'answered', 'differences', 'of_vlms', 'on_average', 'in_training', 'Claim',
-           'claim', 'classification', 'fine_grained', 'semantics', 'appearance', 'moves', 'show_moves', 'symbols',
-           'text_questions', 'other_questions', 'vision_questions', 'sigmoid', 'text_encoder', 'language_models',
-           'general', 'is_better', 'language_model', 'two_sided', 'outcome', 'judge', 'judgements', 'sensitivity',
-           'show_claims', 'measured', 'ruled', 'p_value', 'found', 'told', 'verdicts', 'abstract', 'for_readme',
-           'refresh', 'runs_of', 'values_of', 'along', 'show_along', 'show_varied', 'kinds_of_tasks', 'show_kinds',
-           'show_pairs', 'show_patch_tokens']
+           'variant_key', 'finished', 'tables_dir', 'collect', 'of_runs', 'pairs_of', 'questions_of', 'patches_of',
+           'read_table', 'Results', 'Effect', 'effect', 'by_seed', 'curves', 'at_end', 'like', 'matched', 'aligned',
+           'of_main', 'probed', 'mean_of', 'real_or', 'answered', 'differences', 'of_vlms', 'on_average', 'in_training',
+           'Claim', 'claim', 'classification', 'fine_grained', 'semantics', 'appearance', 'moves', 'show_moves',
+           'symbols', 'text_questions', 'other_questions', 'vision_questions', 'sigmoid', 'text_encoder',
+           'language_models', 'general', 'is_better', 'language_model', 'two_sided', 'outcome', 'judge', 'judgements',
+           'sensitivity', 'show_claims', 'measured', 'ruled', 'p_value', 'found', 'told', 'verdicts', 'abstract',
+           'for_readme', 'refresh', 'runs_of', 'values_of', 'along', 'show_along', 'show_varied', 'kinds_of_tasks',
+           'show_kinds', 'show_pairs', 'show_patch_tokens']
 
 # %% ../nbs/07_study.ipynb #30b1e560
 import math, re, sys
@@ -32,7 +32,8 @@ from scipy.stats import norm
 from statsmodels.stats.multitest import multipletests
 
 import clipdino.analysis as analysis, clipdino.pretrain as pretrain, clipdino.probe as probe, clipdino.vlm as vlm, clipdino.vmcbench as vmcbench
-from .core import PRESETS, SettingsError, check, digest, one_of, read_json, root, say, stamp, whole, writing
+from .core import CannotWrite, PRESETS, SettingsError, check, digest, one_of, read_json, root, say, stamp, whole, writing
+from .data import BadData
 from .encoders import load_encoder
 from .pairs import distinct
 from .questions import CATEGORIES, GROUPS, LETTERS, VISION, Questions
@@ -77,9 +78,13 @@ def collect(preset:str, runs:Path|None=None, to:Path|None=None)->Path: # runs/, 
     check(to or preset != 'smoke', 'results of the preset smoke are for tests, and are not gathered into the tables of the study')
     runs, to = Path(runs or root()/'runs'), Path(to or tables_dir())
     with writing(to): to.mkdir(parents=True, exist_ok=True)
-    folders = [d for d in sorted(runs.iterdir()) if finished(d) and read_json(d/'settings.json')['preset'] == preset]
-    check(folders, f'{runs} has no finished run of the preset {preset}')
-    who = pd.DataFrame([identity(d) for d in folders])
+    rows, table = [], to/f'runs_{preset}.csv'
+    for d in sorted(runs.iterdir()) if runs.is_dir() else ():
+        try: rows += [identity(d)] if finished(d) and read_json(d/'settings.json').get('preset') == preset else []
+        except SettingsError as e: say(f'{d.name} is left out: {e}')
+    check(rows, f'{runs} has no finished run of the preset {preset}')
+    who = of_runs(pd.DataFrame(rows), set(read_table(table).get('run', ())))
+    folders = [runs/name for name in who.run]
     tables = dict(runs=who, **{k: m.collect([d for d, kind in zip(folders, who.kind) if kind == k]) for k, m in STAGES.items() if (who.kind == k).any()})
     tables['pairs'] = pairs_of([d for d, kind in zip(folders, who.kind) if kind == 'analysis'])
     tables['patches'] = patches_of([d for d, w in zip(folders, who.itertuples()) if w.kind == 'pretrain' and not w.seed and not w.variant], vlm.settings(preset).layer)
@@ -89,6 +94,15 @@ def collect(preset:str, runs:Path|None=None, to:Path|None=None)->Path: # runs/, 
         before = read_table(path)
         with whole(path) as tmp: pd.concat([before[~before[key].isin(t[key])], t] if len(before) else [t]).to_csv(tmp, index=False)
     return to
+
+def of_runs(who:pd.DataFrame, known:set)->pd.DataFrame: # of `identity`; names of runs that are in the tables
+    "Without runs on encoders or VLMs that are no runs of the preset: no claim speaks of them"
+    known, kept = known | set(who.run[who.kind == 'pretrain']), []
+    for w in who.sort_values('kind', key=lambda k: k == 'vmcbench', kind='stable').itertuples():  # VLMs before what they answer
+        lacks = [n for n in w.of.split(',') if n and n.removeprefix('random:') not in known]
+        if lacks: say(f'{w.run} is left out: {", ".join(lacks)} is no run of the preset {w.preset}')
+        else: kept.append(w.Index), known.add(w.run)
+    return who.loc[sorted(kept)]
 
 def pairs_of(folders)->pd.DataFrame: # finished analyses
     "The pairs that two encoders of the world's pictures disagree on most, each picture once"
@@ -165,7 +179,9 @@ class Results:
     @cached_property
     def pretrain(self)->pd.DataFrame: return self._with_encoders(self._read('pretrain').assign(encoder=lambda t: t.run))
     @cached_property
-    def probe(self)->pd.DataFrame: return self._with_encoders(self._read('probe'), 'weights')
+    def probe(self)->pd.DataFrame:
+        t = self._with_encoders(self._read('probe'), 'weights')
+        return t[~t.duplicated(['encoder', 'variant', 'task', 'how', 'value'])]  # some were probed again, to be compared with another
     @cached_property
     def analysis(self)->pd.DataFrame: 
         t = self._with_encoders(self._read('analysis'), 'weights')
@@ -238,7 +254,8 @@ def by_seed(t:pd.DataFrame, a:str, b:str, what:str)->tuple: # rows with objectiv
     ours, theirs = (t[t.objective == o].set_index('seed').sort_index() for o in (a, b))
     for o, g in (a, ours), (b, theirs):
         check(len(g), f'{what}: there is no run of {o}')
-        check(g.index.is_unique, f'{what}: {o} has several values for seed {g.index[g.index.duplicated()][:1].tolist()}')
+        twice = g[g.index.duplicated(keep=False)]
+        check(twice.empty, f'{what}: {o} has several values for seed {twice.index[:1].tolist()}' + (f': keep the rows of one of {", ".join(twice.run.unique()[:3])}' if 'run' in twice else ''))
     check(list(ours.index) == list(theirs.index), f'{what}: {a} has the seeds {list(ours.index)} and {b} has {list(theirs.index)}')
     se = [np.sqrt(((g.high - g.low)**2).mean())/2/norm.ppf(.975) for g in (ours, theirs)]
     return (ours.value - theirs.value).to_numpy(), math.hypot(*np.nan_to_num(se))
@@ -477,7 +494,7 @@ def judge(r:Results, **how)->pd.DataFrame: # arguments of the claims; those clai
             rows.append(dict(row, effect=e.value, low=low, high=high, unit=e.unit, seeds=len(e.seeds), each=', '.join(f'{round(v, 2) + 0.:+.{DIGITS[e.unit]}f}' for v in e.seeds), p=p, p_at_0=outcome(replace(e, value=0.), 0)[0] if c.sign == 0 else math.nan, verdict=shows, floor=floor))
     t = pd.DataFrame(rows).reindex(columns=['claim', 'says', 'paper', 'effect', 'low', 'high', 'unit', 'seeds', 'each', 'p', 'p_at_0', 'verdict', 'floor', 'why'])
     done = t.p.notna()
-    if done.any(): t.loc[done, 'p'] = multipletests(t.p[done], ALPHA, 'holm')[1]
+    t.loc[done, 'p'] = multipletests(t.p.fillna(1.), ALPHA, 'holm')[1][done]  # claims whose runs are missing count too, so that no other gains by it
     t.loc[done & (t.p >= ALPHA), 'verdict'] = 'inconclusive'
     t.loc[t.floor != '', 'verdict'] = 'not shown better'
     return t
@@ -558,9 +575,9 @@ def abstract(r:Results, tables:dict): # of `judgements`
 # %% ../nbs/07_study.ipynb #8efda55e
 MARKS = '<!-- claims -->', '<!-- end of claims -->'
 
-def for_readme(r:Results)->str:
+def for_readme(r:Results, tables:dict)->str: # of `judgements`
     "All claims as a table in Markdown"
-    t = verdicts(judgements(r))
+    t = verdicts(tables)
     lines = [list(t.columns), ['---']*len(t.columns), *t.to_numpy().tolist()]
     return f'Preset `{r.preset}`, from result files {stamp()}:\n\n' + '\n'.join('| ' + ' | '.join(map(str, l)) + ' |' for l in lines)
 
@@ -568,15 +585,18 @@ def refresh(preset:str='mini'):
     "Gather finished runs, and renew the README's table"
     one_of('preset', preset, PRESETS)
     path = root()/'README.md'
-    text = path.read_text()
-    check(all(text.count(m) == 1 for m in MARKS), f'README.md must have {" and ".join(MARKS)}, once each')
+    text = path.read_text() if path.exists() else ''
+    check(all(text.count(m) == 1 for m in MARKS), f'{path} must have {" and ".join(MARKS)}, once each')
     collect(preset)
+    tables = judgements(r := Results(preset))
     before, rest = text.split(MARKS[0])
-    with whole(path) as tmp: Path(tmp).write_text(f'{before}{MARKS[0]}\n{for_readme(Results(preset))}\n{MARKS[1]}{rest.split(MARKS[1])[1]}')
+    with whole(path) as tmp: Path(tmp).write_text(f'{before}{MARKS[0]}\n{for_readme(r, tables)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}')
+    for way, t in tables.items():
+        for c in t[t.verdict == 'incomplete'].itertuples(): say(f'claim {c.claim} at {way} is incomplete: {c.why}')
 
 if __name__ == '__main__' and '__file__' in globals():  # as a program; in a notebook there is no file
-    try: check(len(sys.argv) < 3, f'{" ".join(sys.argv[2:])}: after the preset nothing can be given'), refresh(*sys.argv[1:])
-    except SettingsError as e: sys.exit(str(e))
+    try: check(len(sys.argv) < 3, f'usage: python -m {__spec__.name} [PRESET]'), refresh(*sys.argv[1:])
+    except (SettingsError, CannotWrite, BadData) as e: sys.exit(str(e))
 
 # %% ../nbs/07_study.ipynb #c7bc0bb6
 LINES = {'linear probe': dict(objects='object', words='word', colour='colour', style='style'), 'VLM': dict(OCR=list(GROUPS['OCR']), Vision=list(VISION), all=list(CATEGORIES))}  # what is followed: tasks, or data sets of questions

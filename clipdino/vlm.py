@@ -103,7 +103,7 @@ class VLMRun(Settings):
         for f, low in dict(seed=0, canvas=16, image_tokens=0, lora=0, stage1_samples=0, stage1_batch=1, stage2_samples=0, stage2_batch=1, context=8, questions=0, micro=0, processes=0, save_every=1).items():
             check(getattr(self, f) >= low, f'{f}={getattr(self, f)} must be at least {low}')
         for f in ('stage1_lr', 'stage2_lr', 'lm_lr', 'weight_decay'): check(0 <= getattr(self, f) < math.inf, f'{f}={getattr(self, f)} must be a finite number, 0 or above')
-        check(self.clip_grad > 0, f'clip_grad={self.clip_grad} must be above 0; inf does not clip')
+        check(0 < self.clip_grad < math.inf, f'clip_grad={self.clip_grad} must be above 0 and finite; 1e9 does not clip')
         one_of('template', self.template, (*TEMPLATES, ''))
         for f in ('warmup', 'max_bad'): check(0 <= getattr(self, f) <= 1, f'{f}={getattr(self, f)} must be from 0 to 1')
         check(0 <= self.beta2 < 1, f'beta2={self.beta2} must be at least 0 and below 1')
@@ -472,7 +472,8 @@ class Stage:
             b['targets'][:, 0] = -100  # nothing comes before it
             at = (b['targets'].flatten()[1:] >= 0).nonzero()[:, 0]
             t = dict(ids=b['ids'], image=b['image'], tokens=self.seen(b['pictures'].numpy()[b['image'].any(1).numpy()]), at=at, targets=b['targets'].flatten()[at + 1])
-            made.append(({k: v.pin_memory() if p.acc.device.type == 'cuda' else v for k, v in t.items()}, b['n_targets']))
+            pinned = p.acc.device.type == 'cuda'
+            made.append(({k: v.pin_memory() if pinned and v.device.type == 'cpu' else v for k, v in t.items()}, b['n_targets']))  # tokens that were just made are on the GPU
         return made
 
     def gradients(self, parts:list):
@@ -543,7 +544,7 @@ class Parts:
         self.batches = [Batches(c, self.tokenizer, picture_tokens(run, self.encoder), run.of(k, 'batch'), run.seed, run.context, plain=k == 1, template=run.template) for k, c in enumerate(self.chats, 1)]
         data = digest(self.fingerprint, tensors_digest({k: v.cpu() for k, v in self.reader.state_dict().items() if not k.startswith('connector.')}), *(b.fingerprint for b in self.batches))
         agree(acc, data=data)
-        on_main(acc, lambda: check_settings(folder, run, data, precision_of(run)))  # only now, so that no setting is noted that is refused
+        on_main(acc, lambda: check_settings(folder, run, data, precision_of(run), anew=not any(folder.glob('stage*/state-*'))))
         self.seen = [Seen(self.encoder, c.pictures, run) for c in self.chats]  # of several processes one makes the features, and the others wait for it at their lock
 
     def build(self):
@@ -670,7 +671,10 @@ def train_vlm(run:VLMRun)->dict:
     "Train a VLM, or look up a run that is complete; its result"
     check_inputs(run)
     folder = run_dir(run.folder_name)
-    if not launched() and (result := complete(folder, run)) is not None: return result  # of several processes, all or none must look
+    if not launched() and (result := complete(folder, run)) is not None:  # of several processes, all or none must look
+        if (own := folder_of(run.encoder)) and (own/'result.json').exists():
+            check(load_encoder(run.encoder).fingerprint == result['encoder']['fingerprint'], f'{run.encoder} was trained again since {folder.name} was: delete the folder of the VLM to make it again')
+        return result
     if launched() or world_size(run) == 1: return train(run, folder)
     return spawn(run, folder, 'clipdino.vlm', arguments(run, settings(run.preset)))
 

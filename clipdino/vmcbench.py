@@ -9,7 +9,7 @@ __all__ = ['HOW', 'SIZES', 'AGGREGATIONS', 'PROTOCOLS', 'SUBSETS', 'DRAWS', 'LAB
            'successes', 'protocols_of', 'levels', 'aggregate', 'letters_of', 'score', 'compare', 'predictions',
            'compare_runs', 'write_lines', 'answer_all', 'evaluate', 'evaluate_in', 'short', 'ordered', 'dots',
            'by_group', 'show_sets', 'show_differences', 'show_letters', 'disagreements', 'gallery', 'collect', 'right',
-           'of_objective', 'by_objective', 'gap', 'named', 'show_table', 'show_objectives', 'show_gap']
+           'of_objective', 'by_objective', 'gap', 'named', 'show_table', 'show_objectives', 'show_gap', 'main']
 
 # %% ../nbs/06_vmcbench.ipynb #012035dc
 import json, textwrap
@@ -29,10 +29,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 from transformers.utils import logging
 
 from .chat import own_template
-from .core import Metrics, Progress, Settings, SettingsError, alone, check, digest, environment, in_test, injected, np_rng, one_of, prefetch, read_json, root, run_dir, say, seeded, sync, theme, uniform, whole, write_json, writing
+from .core import Metrics, Progress, Settings, SettingsError, alone, check, digest, environment, in_test, injected, np_rng, one_of, prefetch, read_json, results_dir, run_dir, say, seeded, sync, theme, uniform, whole, write_json, writing
 from .encoders import folder_of, load_encoder
 from .lm import make_tokenizer
-from .pretrain import LOOKS, check_kind, check_settings, looked_up, tensors_digest
+from .pretrain import LOOKS, check_kind, check_settings, looked_up, program, tensors_digest
 from .probe import device_of, objective_of, slug
 from .questions import CATEGORIES, GROUPS, LETTERS, VISION, Questions, open_questions, prompt
 from .readouts import half_width, paired
@@ -64,6 +64,7 @@ class Score(Settings):
     def __post_init__(self):
         super().__post_init__()
         one_of('how', self.how, HOW)
+        check('/' not in self.against, f'against={self.against!r} must be the name of a run under runs/')
         one_of('precision', self.precision, ('auto', 'fp32', 'bf16'))
         for f, low in dict(n=1, canvas=16, limit=0, batch=1, max_new_tokens=1).items(): check(getattr(self, f) >= low, f'{f}={getattr(self, f)} must be at least {low}')
 
@@ -125,7 +126,9 @@ def origin(folder:Path|None)->dict:
 
 def saved(folder:Path)->str:
     "A digest of the weights that a run saved, whatever precision they are used in"
-    return digest(*(tensors_digest(load_file(f)) for f in sorted(folder.glob('*.safetensors'))))
+    files = sorted(folder.glob('*.safetensors'))
+    check(files, f'{folder} has no weights')
+    return digest(*(tensors_digest(load_file(f)) for f in files))
 
 # %% ../nbs/06_vmcbench.ipynb #594b0c59
 def untrained_vlm(folder:Path, questions:Questions, encoder:str='random:clipdino_vit_smoke', width:int=64, layers:int=2, seed:int=0)->Path: # width and layers of the language model
@@ -348,6 +351,7 @@ def evaluate_in(folder:Path, run:Score, questions:Questions|None)->dict:
     questions = questions_of(run) if questions is None else questions
     vlm = load_vlm(untrained_vlm(folder/'untrained', questions, seed=run.seed) if run.vlm == 'untrained' else run.vlm, device_of(run.device), run.precision)
     if run.against and not done: check(read_json(other/'result.json')['questions']['fingerprint'] == questions.fingerprint, f'{run.against} answered other questions')
+    if run.against and not done: check([r.get('index') for r in predictions(other)] == [r['index'] for r in questions.rows], f'{run.against}/{path.name} is damaged: it does not have the answers to all questions, in their order')
     check_settings(folder, run, digest(vlm.fingerprint, questions.fingerprint), anew=not done and not Metrics.read(path))
     if done: return looked_up(folder)
     rows = judge(answer_all(vlm, questions, run, path), run.seed)
@@ -449,7 +453,7 @@ def collect(folders)->pd.DataFrame: # finished scoring runs
         r, told = read_json(d/'result.json'), predictions(d)
         v, q, e = r['vlm'], r['questions'], r['environment']
         letters = {k: ''.join(p[k] if k != 'letter' or p['parsed'] else p[k].lower() for p in told) for k in dict.fromkeys(PROTOCOLS.values()) if k in told[0]}
-        rows.append(dict(run=r['name'], vlm=v['name'], **{k: v.get(k, '') for k in ('encoder', 'encoder_weights', 'saved', 'llm', 'preset', 'seed')}, blind=r['blind'], weights=v['fingerprint'], questions=q['name'], fingerprint=q['fingerprint'],
+        rows.append(dict(run=d.name, vlm=v['name'], **{k: v.get(k, '') for k in ('encoder', 'encoder_weights', 'saved', 'llm', 'preset', 'seed')}, blind=r['blind'], weights=v['fingerprint'], questions=q['name'], fingerprint=q['fingerprint'],
                          commit=e['commit'], device=e['device'], **letters))
     return pd.DataFrame(rows)
 
@@ -511,3 +515,12 @@ def show_gap(differences:dict, questions:str, label:str, aggregation:str='sets')
         by_group(d, ax, aggregation, questions)
         ax.axvline(0, color='grey', lw=1)
         ax.set(title=title, xlabel=f'{label}, points')
+
+def main(args=None):
+    "`python -m clipdino.vmcbench --vlm ...`"
+    def go(**given):
+        result = evaluate(settings(**given))
+        return dict(name=result['name'], right={p: round(t['twenty']['overall']['value'], 4) for p, t in result['score']['protocols'].items()})
+    program('clipdino.vmcbench', Score, go, 'Score a VLM.', args)
+
+if __name__ == '__main__' and '__file__' in globals(): main()  # as a program; in a notebook there is no file

@@ -9,7 +9,7 @@ __all__ = ['VERSION', 'FAMILIES', 'OBJECTS', 'NAMES', 'FAMILY_OF', 'WORDS', 'FON
            'place', 'tile', 'fill', 'lumas', 'background', 'tones', 'Part', 'fitted', 'word_mask', 'object_mask',
            'angle_of', 'plate', 'single_parts', 'word_parts', 'several_parts', 'label_part', 'series', 'bars_parts',
            'line_parts', 'table_parts', 'diagram_parts', 'stylise', 'render', 'annotations', 'subject', 'caption',
-           'versions', 'fill_rows', 'render_file', 'in_processes', 'World']
+           'versions', 'fill_rows', 'render_file', 'is_rendered', 'in_processes', 'World']
 
 # %% ../nbs/00_world.ipynb #6b516d41
 import colorsys, json, math, os, shutil, subprocess, sys
@@ -413,7 +413,7 @@ def render_file(path:Path, n:int, size:int, seed:int, split:str, kinds:str, work
     "Render `n` pictures into the .npy file `path`, whole, in `workers` processes"
     need = n*size*size*3
     free = shutil.disk_usage(path.parent).free
-    check(need < free - 2**28, f'the world needs {need/2**20:.0f} MiB in {path.parent.name}/, where {free/2**20:.0f} MiB are free; set CLIPDINO_CACHE to a roomier folder, or lower images')
+    check(need < free - 2**28, f'the world needs {need/2**20:.0f} MiB and 256 to spare in {path.parent.name}/, where {free/2**20:.0f} are free; set CLIPDINO_CACHE to a roomier folder, or have fewer pictures')
     if n < 3000: workers = 1  # a process takes longer to start
     else: say(f'rendering {n} pictures of {size} px ({need/2**20:.0f} MiB) on {workers} cores, once')
     with whole(path) as tmp:
@@ -421,6 +421,9 @@ def render_file(path:Path, n:int, size:int, seed:int, split:str, kinds:str, work
         jobs = [(str(tmp), a.shape, a.offset, seed, split, kinds, n*k//workers, n*(k + 1)//workers) for k in range(workers)]
         if workers == 1: fill_rows(*jobs[0])
         else: in_processes(jobs)
+
+def is_rendered(path:Path, n:int, size:int)->bool: # also if the file was cut since
+    return path.exists() and path.stat().st_size == 128 + n*size*size*3
 
 def in_processes(jobs:list): # arguments of `fill_rows`
     "One fresh interpreter for each job; multiprocessing would import the caller's script again, which need not be importable"
@@ -443,9 +446,9 @@ class World:
         key = digest(versions(), seed, split, n, size, kinds)
         self.fingerprint = digest(key, captions)
         path = cache_dir()/f'world-{split}-{kinds}-{size}px-{n}-{key}.npy'
-        if not path.exists():
+        if not is_rendered(path, n, size):
             with locked(path):
-                if not path.exists(): render_file(path, n, size, seed, split, kinds, workers or cores())  # else another process has, meanwhile
+                if not is_rendered(path, n, size): render_file(path, n, size, seed, split, kinds, workers or cores())  # else another process has, meanwhile
         self.images = np.load(path, mmap_mode='r')
 
     def __len__(self): return self.n

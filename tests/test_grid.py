@@ -330,7 +330,7 @@ def test_slurm_shows_its_commands_first(slurm, capsys):
         after = [f'--dependency=afterok:{":".join(ids[n] for n in j.needs if n in ids)}'] if any(n in ids for n in j.needs) else []
         assert [a for a in args if a.startswith('--dependency')] == after
         assert {'--parsable', f'--job-name={j.name}', '--requeue', '--kill-on-invalid-dep=yes', '--gpus=1', '--comment=two words', f'--wrap={g.shlex.join(j.command)}'} <= set(args)
-    assert submit(made, GRID['options']) == {n: str(int(i) + len(made)) for n, i in ids.items()}
+    assert submit(made, settings(**GRID)) == {n: str(int(i) + len(made)) for n, i in ids.items()}
     def without_ids(rows): return [[a for a in r if not a.startswith('--dependency')] for r in rows]
     assert without_ids(sent()[len(made):]) == without_ids(shown)  # what is shown is what is sent
 

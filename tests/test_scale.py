@@ -142,8 +142,8 @@ def test_the_slurm_example_is_sound():
     page = '\n'.join(''.join(c['source']) for c in json.loads((root/'nbs/02_pretrain.ipynb').read_text())['cells'])
     script, = re.findall(r'```bash\n(.+?)```', page, re.S)
     assert subprocess.run(['bash', '-n'], input=script, text=True, capture_output=True).stderr == ''
-    fake = 'srun() { shift; "$@"; }; scontrol() { echo node0; echo node1; }; accelerate() { printf "%s\\n" "$@"; }; export -f accelerate\n'
-    env = dict(os.environ, SLURM_NNODES='4', SLURM_NODEID='2', SLURM_JOB_NODELIST='node[0-3]', DATA='s/{0..3}.tar')
+    fake = 'srun() { while [[ $1 == --* ]]; do shift; done; "$@"; }; scontrol() { echo node0; echo node1; }; accelerate() { printf "%s\\n" "$@"; }; export -f accelerate\n'
+    env = dict(os.environ, SLURM_NNODES='4', SLURM_CPUS_PER_TASK='96', SLURM_NODEID='2', SLURM_JOB_NODELIST='node[0-3]', DATA='s/{0..3}.tar')
     said = subprocess.run(['bash'], input=fake + script, text=True, capture_output=True, env=env)
     words = said.stdout.split('\n')[:-1]
     assert words[0] == 'launch' and said.stderr == '', said.stderr
