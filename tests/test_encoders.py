@@ -97,7 +97,9 @@ def test_folders_that_hold_no_encoder(top):
     refused('clip', 'runs/clip holds no encoder; is the run finished?')
     (top/'empty').mkdir()
     refused('empty', 'empty holds no encoder: neither a run of ours')
-    refused('random:empty', 'is a folder, but of no run')
+    refused('random:empty', 'is a folder, but of no pre-training run')
+    (top/'empty/settings.json').write_text('{"encoder": "clip", "preset": "smoke"}')
+    refused('random:empty', 'is a folder, but of no pre-training run')
     refused('hf:empty', 'hf:empty can not be read: ')
     refused('open_clip:local-dir:empty', 'open_clip:local-dir:empty can not be read: ')
 

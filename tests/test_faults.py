@@ -11,6 +11,7 @@ import clipdino.analysis as analysis, clipdino.core as core, clipdino.probe as p
 from clipdino.core import CannotWrite, Metrics, SettingsError, whole
 from clipdino.data import BadData, Shards
 from clipdino.pretrain import Trainer, fit, pretrain, retrieval, settings, train
+from clipdino.world import World
 
 @pytest.fixture
 def top(tmp_path, monkeypatch):
@@ -66,9 +67,38 @@ def test_changed_data_are_refused(top):
     shard(top/'0.tar', 0, 60)
     pretrain(smoke(data='0.tar'))
     shard(top/'0.tar', 60, 60)
-    with pytest.raises(SettingsError, match='begun with other settings: fingerprint was'):
+    with pytest.raises(SettingsError, match='begun with other settings: the data or models that it reads are others now'):
         (top/'runs/x/result.json').unlink()
         pretrain(smoke(data='0.tar'))
+
+@pytest.mark.parametrize('start', (lambda: pretrain(smoke()), lambda: probe.probe(probe.settings('smoke', encoder='random:clipdino_vit_smoke', name='x'))))
+def test_a_result_without_its_settings_is_not_taken_for_any(top, start):
+    (top/'runs/x').mkdir(parents=True)
+    (top/'runs/x/result.json').write_text('{}')
+    with pytest.raises(SettingsError, match='x has a result.json and no settings.json: delete the folder'): start()
+    assert not (top/'runs/x/settings.json').exists()
+
+def test_settings_that_are_damaged(top):
+    (top/'runs/x').mkdir(parents=True)
+    for f in 'result.json', 'settings.json': (top/'runs/x'/f).write_text('{"objective": "cl')
+    with pytest.raises(SettingsError, match='runs/x/settings.json is damaged'): pretrain(smoke())
+
+def test_what_was_refused_binds_nobody(top):
+    "Also not the next attempt under its name"
+    with pytest.raises(SettingsError, match='batch=256 is more than the 128 pictures'): pretrain(smoke(batch=256, samples=256))
+    assert pretrain(smoke(batch=32))['samples'] == 128
+
+@pytest.mark.parametrize('objective, vain', [('clip', dict(momentum=.5)), ('clip', dict(text_model='gpt2')), ('siglip', dict(clip_weight=3.)), ('dino', dict(captions='no-text')), ('dino', dict(vocab=2000)), ('hybrid', dict(unlocked=1)), ('clip-lm', dict(text_layers=4))])
+def test_settings_that_an_objective_has_no_use_for(top, objective, vain):
+    with pytest.raises(SettingsError, match=f'{next(iter(vain))}: {objective} has no use for it'): pretrain(smoke(objective, **vain))
+    assert not (top/'runs').exists()
+
+def test_a_world_that_was_cut_is_rendered_again(top, monkeypatch):
+    monkeypatch.setenv('CLIPDINO_CACHE', str(top/'cache'))
+    before = World('val', 8, 32).images.copy()
+    path, = (top/'cache').glob('world-*.npy')
+    path.write_bytes(path.read_bytes()[:-100])
+    assert (World('val', 8, 32).images == before).all()
 
 def limited(folder, size, out):
     "A run in a process whose files may not grow beyond `size` bytes"

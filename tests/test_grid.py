@@ -119,10 +119,20 @@ def test_given():
         with pytest.raises(SettingsError, match=message): of('main', given=given)
     with pytest.raises(SettingsError, match='vlm.stage1_data=... vlm.stage2_data=...'): of('main', 'paper', objectives='clip', given='pretrain.data=x.tar')
     with pytest.raises(SettingsError, match='can only be changed in the world'): of('captions', given='pretrain.data=x.tar')
+    for given in 'pretrain.seed=5', 'probe.name=mine', 'pretrain.preset=mini':
+        with pytest.raises(SettingsError, match='the grid itself says'): of('main', given=given)
+    with pytest.raises(SettingsError, match='not beside llm=world:wide'): of('llm', given='vlm.llm=world:wide')
 
-@pytest.mark.parametrize('wrong', [dict(studies='main,all'), dict(objectives='mae'), dict(kinds=''), dict(seeds=0), dict(workers=-1), dict(preset='huge'), dict(sedes=1)])
+def test_given_settings_go_to_objectives_that_have_them():
+    made = of('main', seeds=1, objectives='clip,dino', kinds='pretrain', given='pretrain.momentum=.9 pretrain.vocab=2048 pretrain.lr=1e-4')
+    assert {o: {k: v for k, v in made[f'{o}-mini-s0'].parameters.items() if k not in ('preset', 'objective', 'seed')} for o in ('clip', 'dino')} == dict(clip=dict(vocab=2048, lr=1e-4), dino=dict(momentum=.9, lr=1e-4))
+
+@pytest.mark.parametrize('wrong', [dict(studies='main,all'), dict(objectives='mae'), dict(kinds=''), dict(seeds=0), dict(workers=-1), dict(preset='huge'), dict(sedes=1), dict(objectives='clip,clip'), dict(submit=True), dict(options='--x'), dict(given='a="b'), dict(slurm=True, options='--a="b')])
 def test_wrong_grids_are_refused(wrong):
     with pytest.raises(SettingsError): settings(**wrong)
+
+def test_a_grid_without_runs(here):
+    with pytest.raises(SettingsError, match='align has no runs of the kinds analysis'): run_grid(settings('smoke', studies='align', kinds='analysis'))
 
 # --- how far they have come
 
@@ -158,7 +168,7 @@ def test_what_changes_nothing_is_no_conflict(here):
 
 def test_conflicts_stop_the_grid_before_it_starts(here):
     made = of('main', 'smoke', seeds=1)
-    begin(made['clip-smoke-s0'], samples=64)
+    begin(made['clip-smoke-s0'], samples=64).joinpath('state-000000001.safetensors').touch()
     begin(made['probe-dino-smoke-s0'], done=True, train=128)
     with pytest.raises(SettingsError) as e: run_grid(settings('smoke', seeds=1))
     assert str(e.value).splitlines() == ['clip-smoke-s0 was begun with other settings: samples was 64 and is now 128; give the new run another name',

@@ -214,7 +214,8 @@ def test_few_pictures_per_class(tmp_path, train):
     (dict(encoder='no-such-thing'), "'no-such-thing' names no encoder"),
     (dict(encoder=ENCODER, data='cifar:x'), 'no set is called cifar .did you mean cifar10'),
     (dict(encoder=ENCODER, data=' , '), 'data names no set'),
-    (dict(encoder=ENCODER, data='world, nowhere'), 'no shards at nowhere'),
+    (dict(encoder=ENCODER, data='world, nowhere'), 'nowhere is not there: give a folder of class folders, shards, or NAME:PATH'),
+    (dict(encoder=ENCODER, data='world, nowhere-{0..9}.tar'), 'no shards at nowhere'),
     (dict(encoder=ENCODER, data='world, world'), 'two sets of data are called world'),
     (dict(encoder=ENCODER, layer=3), 'layer 3 is not there: random:clipdino_vit_smoke has layers 1 to 2'),
     (dict(encoder=ENCODER, against='nothing'), 'nothing is no finished probing run')])
@@ -234,8 +235,23 @@ def test_a_mistake_can_be_mended_under_the_same_name(tmp_path):
     for data in 'nowhere', f'{tmp_path}/mine':
         run = probe.settings('smoke', encoder=ENCODER, name='x', data=data)
         if data == 'nowhere':
-            with pytest.raises(SettingsError, match='no shards at nowhere'): probe.probe(run)
+            with pytest.raises(SettingsError, match='nowhere is not there'): probe.probe(run)
         else: assert probe.probe(run)['tasks']['mine']['linear']['pictures'] == 24
+
+def test_other_pictures_under_the_same_path(tmp_path, monkeypatch):
+    "Are not those that a finished run was about, and nothing to compare with"
+    picture_folder(tmp_path/'mine')
+    run = probe.settings('smoke', encoder=ENCODER, name='x', data=f'{tmp_path}/mine')
+    assert probe.probe(run) == probe.probe(run)
+    shutil.rmtree(tmp_path/'mine')
+    picture_folder(tmp_path/'mine', classes=4)
+    with pytest.raises(SettingsError, match='the data or models that it reads are others now'): probe.probe(run)
+    monkeypatch.setattr(probe, 'probe_all', None)
+    with pytest.raises(SettingsError, match='x has no task with the same test pictures'): probe.probe(probe.settings('smoke', encoder=ENCODER, name='y', data=run.data, against='x'))
+
+def test_settings_of_other_data():
+    with pytest.raises(SettingsError, match='limit=5 is for sets other than the world'): probe.settings('smoke', limit=5)
+    with pytest.raises(SettingsError, match="against='x/' must be the name of a run"): probe.settings('smoke', against='x/')
 
 @pytest.mark.parametrize('device', ['gpu0', 'cuda:99', 'meta', 'hpu'])
 def test_a_device_that_is_not_there(device):
@@ -287,7 +303,7 @@ def test_pairs_of_folders_and_shards(tmp_path):
         assert r['pictures'] > 10 and [q['factor'] for q in r['first']['shared']] == (['class'] if 'mine' in data else [])
     with pytest.raises(SettingsError, match='k=500 pairs are wanted, but 15 pictures have 105'):
         analysis.analyse(analysis.settings('smoke', encoders=f'{ENCODER},random:clipdino_vit_mini', name='b', data=f'{tmp_path}/mine', pairs=500))
-    with pytest.raises(SettingsError, match='no shards at'): analysis.analyse(analysis.settings('smoke', encoders=f'{ENCODER},random:clipdino_vit_mini', name='c', data=f'{tmp_path}/nowhere'))
+    with pytest.raises(SettingsError, match='nowhere is not there'): analysis.analyse(analysis.settings('smoke', encoders=f'{ENCODER},random:clipdino_vit_mini', name='c', data=f'{tmp_path}/nowhere'))
     assert not Path('runs/b/result.json').exists()
 
 def test_classes_of_one_name_are_two():

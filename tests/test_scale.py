@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from helpers import group, shard
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPConfig, T5Config, ViTConfig
 
@@ -135,6 +136,23 @@ def test_options_give_the_settings(monkeypatch, capsys):
     said = capsys.readouterr().err
     assert 'unrecognized arguments: --objectiv' in said and "invalid true_or_false value: 'maybe'" in said
     with pytest.raises(SystemExit, match='objective=.mae. is not one of'): main(['--objective', 'mae'])
+
+@pytest.mark.parametrize('objective, given', [(o, g) for o in OBJECTIVES for g in ({}, dict(micro=4))], ids=str)
+def test_all_is_on_the_gpu(objective, given, monkeypatch):
+    "Tensors without contents stand for those of a GPU, and refuse to meet others"
+    monkeypatch.setattr(torch.cuda.amp.common, 'amp_definitely_not_available', lambda: False)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda *a, **k: True)
+    run = settings('smoke', objective, **given)
+    o, n = make_objective(run).train(), 8
+    o.set_progress(.5)
+    told = o.text.tokenize(['a word']).shape[1:] if o.captions else ()
+    with FakeTensorMode() as mode:
+        def there(v): return torch.empty(v.shape, dtype=v.dtype, device='cuda:0')
+        fake = {k: torch.nn.Parameter(there(v), requires_grad=v.requires_grad) if isinstance(v, torch.nn.Parameter) else there(v) for k, v in (*o.named_parameters(), *o.named_buffers())}
+        views = [torch.empty(len(g)*n, 3, g[0].size, g[0].size, device='cuda:0') for g in view_groups(run)]
+        tokens = torch.zeros((n, *told), dtype=torch.int64, device='cuda:0') if o.captions else None
+        with torch.autocast('cuda', torch.bfloat16): out = torch.func.functional_call(o, fake, (views, tokens, torch.zeros(n, dtype=torch.int64, device='cuda:0')))
+        assert {v.device for v in out.values()} == {torch.device('cuda:0')} and out['loss'].dtype == torch.float32
 
 def test_the_slurm_example_is_sound():
     "bash reads it, accelerate knows its options, and we know ours"

@@ -333,7 +333,22 @@ def test_seeds_that_both_language_models_have(tmp_path):
     write(tmp_path, **AS_THE_PAPER, more=[*BOTH_LLMS, ('clip', 'llm=third'), ('dino', 'llm=third')])
     with pytest.raises(SettingsError, match='one language model besides that of the preset, and there are llm=other, llm=third'): CLAIMS['8'].f(Results('mini', tmp_path))
 
-def test_real_runs_become_tables(tmp_path, monkeypatch):
+def test_claims_without_runs_make_others_no_surer(tmp_path):
+    every, some = judged(tmp_path, **AS_THE_PAPER), judged(tmp_path, **AS_THE_PAPER, drop=[('clip-lm', s) for s in SEEDS])
+    assert some.verdict['7t'] == 'incomplete' and every.verdict['7t'] != 'incomplete' and some.p.min() == every.p.min()
+
+def test_an_encoder_that_was_probed_again(tmp_path):
+    "The same numbers count once; others are not chosen from"
+    write(tmp_path, **AS_THE_PAPER)
+    before, runs, t = judge(Results('mini', tmp_path)), read_table(tmp_path/'runs_mini.csv'), read_table(tmp_path/'probe_mini.csv')
+    again = t[t.encoder == 'dino-mini-s0']
+    pd.concat([runs, runs[runs.run == again.run.iloc[0]].assign(run='again')]).to_csv(tmp_path/'runs_mini.csv', index=False)
+    pd.concat([t, again.assign(run='again')]).to_csv(tmp_path/'probe_mini.csv', index=False)
+    assert judge(Results('mini', tmp_path)).equals(before)
+    pd.concat([t, again.assign(run='again', value=again.value + .01)]).to_csv(tmp_path/'probe_mini.csv', index=False)
+    assert f'keep the rows of one of {again.run.iloc[0]}, again' in judge(Results('mini', tmp_path)).set_index('claim').why['1']
+
+def test_real_runs_become_tables(tmp_path, monkeypatch, capsys):
     "A chain of tiny runs, gathered twice and in two pieces"
     (tmp_path/'settings.ini').touch()
     monkeypatch.setenv('CLIPDINO_CACHE', str(tmp_path/'cache'))
@@ -344,13 +359,18 @@ def test_real_runs_become_tables(tmp_path, monkeypatch):
         pretrain.pretrain(pretrain.settings('smoke', seed=s))
         vlm.train_vlm(vlm.settings('smoke', encoder=f'clip-smoke-s{s}', seed=s, questions=0, connector='linear' if s else 'mlp'))
         vmcbench.evaluate(vmcbench.settings('smoke', vlm=f'vlm-clip-smoke-s{s}', how='likelihood'))
-    probe.probe(probe.settings('smoke', encoder='clip-smoke-s0'))
+    for e in 'clip-smoke-s0', 'random:clipdino_vit_smoke': probe.probe(probe.settings('smoke', encoder=e))
+    (tmp_path/'runs/cut').mkdir()
+    for f in 'settings.json', 'result.json': (tmp_path/'runs/cut'/f).write_text('{')
+    (tmp_path/'runs/score-vlm-clip-smoke-s1').rename(tmp_path/'runs/renamed-s1')
     to = tmp_path/'tables'
     to.mkdir()
     collect('smoke', to=to)
+    assert re.search(r'cut is left out: .*settings.json is damaged.*\nprobe-random-clipdino_vit_smoke is left out: random:clipdino_vit_smoke is no run of the preset smoke', capsys.readouterr().out)
     t = {f.name.removesuffix('_smoke.csv'): read_table(f) for f in to.iterdir()}
     assert set(t) == {'runs', 'pretrain', 'probe', 'vmcbench', 'questions', 'patches'} and sorted(t['runs'].kind) == ['pretrain', 'pretrain', 'probe', 'vlm', 'vlm', 'vmcbench', 'vmcbench']
     runs = t['runs'].set_index('run')
+    assert set(t['vmcbench'].run) == {'score-vlm-clip-smoke-s0', 'renamed-s1'} <= set(runs.index)
     assert runs.variant['clip-smoke-s0'] == runs.variant['vlm-clip-smoke-s0'] == '' and runs.variant['vlm-clip-smoke-s1'] == 'connector=linear' and runs.settings['clip-smoke-s0'] == runs.settings['clip-smoke-s1']
     answers = t['vmcbench'].set_index('encoder').loc['clip-smoke-s1']
     assert runs.weights['clip-smoke-s1'] == answers.encoder_weights != runs.weights['clip-smoke-s0'] and runs.weights['vlm-clip-smoke-s1'] == answers.saved != runs.weights['vlm-clip-smoke-s0']

@@ -2,6 +2,7 @@
 import json, os, random, shutil, signal, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -487,13 +488,13 @@ def test_other_settings_or_data_are_refused_by_name(tmp_path, monkeypatch):
         with pytest.raises(SettingsError, match=f'changed was begun with other settings: {k} was'): train_vlm(replace(run, **{k: v}))
     with monkeypatch.context() as m:
         m.setitem(TEMPLATES, 'vicuna', TEMPLATES['vicuna'].replace('curious', 'sleepy'))
-        with pytest.raises(SettingsError, match='changed was begun with other settings: fingerprint was'): train_vlm(run)
+        with pytest.raises(SettingsError, match='changed was begun with other settings: the data or models that it reads are others now'): train_vlm(run)
         m.undo()
         m.setattr('clipdino.vlm.precision_of', lambda run: 'bf16')
         with pytest.raises(SettingsError, match='changed was begun in fp32 and would go on in bf16 here'): train_vlm(run)
     text = (tmp_path/'list.json').read_text()
     (tmp_path/'list.json').write_text(text.replace('cat', 'cow', 1))
-    with pytest.raises(SettingsError, match='changed was begun with other settings: fingerprint was'): train_vlm(run)
+    with pytest.raises(SettingsError, match='changed was begun with other settings: the data or models that it reads are others now'): train_vlm(run)
     (tmp_path/'list.json').write_text(text)
     assert train_vlm(replace(run, save_every=16))['stages'][1]['seen'] == 64
 
@@ -502,6 +503,25 @@ def test_a_run_that_is_complete_is_looked_up(monkeypatch, capsys):
     monkeypatch.setattr('clipdino.vlm.Parts', None)
     assert train_vlm(smoke('done')) == result and 'done is complete; delete its folder to run it again' in capsys.readouterr().out
     with pytest.raises(SettingsError, match='done was begun with other settings: seed was 0 and is now 1'): train_vlm(smoke('done', seed=1))
+
+def test_an_encoder_that_was_trained_again():
+    def again(seed): return pretrain(clip_settings('smoke', name='again', probes=0, seed=seed))
+    again(0)
+    run = smoke('of-again', encoder='again')
+    assert train_vlm(run) == train_vlm(run)
+    shutil.rmtree('runs/again')
+    again(1)
+    with pytest.raises(SettingsError, match='again was trained again since of-again was'): train_vlm(run)
+
+def test_tokens_that_are_on_the_gpu_are_not_pinned(monkeypatch):
+    "They are where pictures are encoded as they come; `meta` stands for the GPU"
+    s = Stage(parts(smoke('pinned', cached=False)), 1)
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda t: pinned.append(t.device.type) or t)
+    s.seen.e.model.to('meta')
+    s.p.acc = SimpleNamespace(device=torch.device('cuda'), process_index=0, num_processes=1)
+    (b, _), *_ = s.parts(0)
+    assert b['tokens'].device.type == 'meta' and set(pinned) == {'cpu'}
 
 def test_what_is_not_finite_stops_the_run_before_it_does_harm():
     p = parts(smoke('nan'))

@@ -183,6 +183,13 @@ CASES = [  # answer, letter (None: drawn), because
 @pytest.mark.parametrize('raw, letter, why', CASES, ids=[c[2] for c in CASES])
 def test_parser(raw, letter, why): assert parse(raw, OPTIONS) == letter
 
+def test_an_index_that_comes_twice(tmp_path):
+    "Two questions would have one and the same draw"
+    rows = published()
+    rows[3]['index'] = rows[1]['index']
+    path = parquet(tmp_path/'q.parquet', rows)
+    with pytest.raises(SettingsError, match=f'q has two questions with the index {rows[1]["index"]}; each must have its own'): open_questions(str(path))
+
 def test_what_cannot_be_parsed_is_drawn_from_seed_and_index():
     rows = [dict(row=i, index=i, category='GQA', options=OPTIONS, answer='A', raw='?', tokens=1) for i in range(4000)]
     a, again, other = judge(rows), judge(rows[::-1])[::-1], judge(rows, 1)
