@@ -84,7 +84,7 @@ def test_damaged_files(top):
     shutil.copy(top/'runs/dino/model.safetensors', top/'runs/clip')
     with pytest.raises(SettingsError, match='runs/clip/objective.safetensors can not be read: '): load_encoder('clip').embed_text(['a'])
     (top/'runs/clip/config.json').write_text('{')
-    refused('clip', 'runs/clip/config.json can not be read: Expecting property name')
+    refused('clip', 'runs/clip/config.json is damaged: Expecting property name')
 
 def test_tensors_that_do_not_fit(top):
     p = top/'runs/clip/model.safetensors'
@@ -143,7 +143,7 @@ def test_a_guess_of_the_pixels_is_said(top, capsys):
         assert (e.size, e.mean, e.std, e.grid) == (want, (.1, .2, .3), (.4, .5, .6), (want//8, want//8))
     for damage in '{', '{"size": {"longest_edge": 3}}':
         (top/'vit/preprocessor_config.json').write_text(damage)
-        refused('hf:vit', 'hf:vit can not be read: ')
+        refused('hf:vit', 'vit/preprocessor_config.json is damaged: ' if damage == '{' else 'hf:vit can not be read: ')
 
 def test_a_clip_without_tokenizer_has_no_text(top):
     "transformers would make a tokenizer of two words"

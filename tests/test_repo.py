@@ -87,7 +87,7 @@ def test_every_notebook_is_on_the_site_and_in_the_readme():
 def test_no_page_is_older_than_the_results():
     "Every page that reads the study's tables prints their digest, and it is today's; so does the README's table of claims"
     from clipdino.core import stamp
-    pages = [p for p in notebooks if re.search(r"'results'/'study'/|Results\(", ''.join(map(source, cells(p))))]
+    pages = [p for p in notebooks if re.search(r"results_dir\(\)/'study'/|Results\(", ''.join(map(source, cells(p))))]
     assert len(pages) >= 5
     for p in pages: assert f'from result files {stamp()}' in p.read_text(), f'execute {p.name} again'
     assert f'from result files {stamp()}:' in (root/'README.md').read_text(), 'run python -m clipdino.study again'
