@@ -65,6 +65,7 @@ class Settings:
         for f in fields(self):
             object.__setattr__(self, f.name, v := lossless(f.type, getattr(self, f.name)))
             check(type(v) is f.type, f'{f.name}={v!r} is of type {type(v).__name__}, but must be {f.type.__name__}' + '; papermill gives text as it is with -r instead of -p'*(f.type is str))
+            check(f.type is not int or abs(v) < 2**63, f'{f.name}={v} takes more than 64 bits')
 
     @classmethod
     def make(cls, presets:dict, # preset name -> {setting: value}

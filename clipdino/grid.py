@@ -119,8 +119,8 @@ class Grid(Settings):
     threads: int = 0  # of each run; 0: one, or with GPUs an equal share of the cores
     slurm: bool = False  # print the commands for Slurm instead
     submit: bool = False  # and give them
-    options: str = ''  # of sbatch, as in "--partition=gpu --gpus=8 --cpus-per-task=96 --time=24:00:00"
-    options_one: str = ''  # the same for runs that can use one GPU only (probe, analysis, score); empty: as `options`
+    options: str = ''  # of sbatch, with an equals sign: --options="--partition=gpu --gpus=8"
+    options_one: str = ''  # the same for runs that can use one GPU only (all but pretrain and vlm); empty: as `options`
 
     def __post_init__(self):
         super().__post_init__()

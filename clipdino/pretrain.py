@@ -187,10 +187,10 @@ def reads_captions(objective:str)->bool:
 
 def unused(objective:str)->list:
     "Settings that an objective does not read"
-    text, dino, hybrid = ([f.name for f in fields(c)] for c in (TextSettings, DINOSettings, HybridSettings))
-    lm = ['text_model', 'unlocked']
-    if objective in OWN: return []
-    return {'dino': [*text, 'captions'], 'hybrid': lm}.get(objective, [*dino, *(lm if objective != 'clip-lm' else [f for f in text if f not in (*lm, 'dim', 'context')])]) + hybrid*(objective != 'hybrid')
+    text, dino, hybrid = ({f.name for f in fields(c)} for c in (TextSettings, DINOSettings, HybridSettings))
+    text, lm = text | {'captions'}, {'text_model', 'unlocked'}
+    reads = {'clip-lm': lm | {'captions', 'dim', 'context'}, 'dino': dino, 'hybrid': text - lm | dino | hybrid}.get(objective, text - lm)
+    return sorted((text | dino | hybrid) - reads) if objective not in OWN else []
 
 def check_inputs(run:Pretrain):
     "Refuse a run that can't be split over its processes, or whose shards or text model are not there"
@@ -219,7 +219,7 @@ SMALL = dict(images=262144, canvas=144, samples=3_145_728, batch=1024, image_siz
              local_size=64, local_crops=8, prototypes=8192, head_hidden=2048, bottleneck=256, momentum=.99, probes=8, save_every=524288, workers=8)
 PAPER = dict(data='', canvas=384, samples=245_760_000, batch=8192, micro=256, lr=1e-3, min_lr=0., warmup=1000/30000, beta2=.95, eps=1e-6, weight_decay=.2, weight_decay_end=.2,
              image_size=224, arch='vit_base_patch16_224', dim=512, text_width=512, text_layers=12, vocab=CLIP_VOCAB, context=77, text_model='roberta-base', unlocked=10,
-             local_size=96, local_crops=8, prototypes=65536, head_hidden=2048, bottleneck=256, workers=16, probes=20, save_every=4_096_000)
+             local_size=96, local_crops=8, prototypes=65536, head_hidden=2048, bottleneck=256, workers=10, probes=20, save_every=4_096_000)
 VIEW_SETTINGS = 'crop_min', 'local_crops', 'local_size', 'local_min', 'local_max', 'hue'
 DINO_VIEWS = dict(crop_min=.4, local_min=.05, local_max=.4)
 BY_OBJECTIVE = dict(
