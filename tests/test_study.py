@@ -67,7 +67,7 @@ def test_what_the_paper_says_is_replicated(tmp_path):
     assert (t.low[t.effect.notna()] < t.effect.dropna()).all() and set(t.seeds.dropna()) == {3}
 
 def test_the_opposite_is_reversed(tmp_path):
-    swapped = dict(values={(dict(clip='dino', dino='clip')[o], k): v for (o, k), v in AS_THE_PAPER['values'].items()} | {('dino', 'object'): .7}, answers=dict(clip=AS_THE_PAPER['answers']['dino'], dino=AS_THE_PAPER['answers']['clip']))
+    swapped = dict(values={(dict(clip='dino', dino='clip')[o], k): v for (o, k), v in AS_THE_PAPER['values'].items()} | {('dino', 'object'): .7}, answers=dict(clip=lambda c: .9 if c in VISION else AS_THE_PAPER['answers']['dino'](c), dino=lambda c: .5 if c in VISION else AS_THE_PAPER['answers']['clip'](c)))
     t = judged(tmp_path, **swapped)
     assert dict(t.verdict[['1', '2', '3o', '3c', '4', '5', '6v']]) == dict.fromkeys(('1', '2', '3o', '3c', '4', '5', '6v'), 'reversed')
 
