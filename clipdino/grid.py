@@ -433,7 +433,7 @@ class Engine:
             f.write(('\n'*(not whole) + json.dumps(row) + '\n').encode())
         how = dict(started=lambda: 'goes on' if more['before'] == 'started' else 'starts', done=lambda: f'is complete, after {span(more["seconds"])}' if 'seconds' in more else 'was completed by another process',
                    failed=lambda: f'failed: {more["why"]}', skipped=lambda: f'is skipped: it needs {more["needs"]}')[event]()
-        say(f'{len(self.done):3}/{len(self.jobs)}  {job.name} {how}' + f';  {self.left()}'*(event == 'done'))
+        say(f'{len(self.done):3}/{len(self.jobs)}  {job.name} {how}' + (f';  {self.left()}' if event == 'done' else ''))
 
     def left(self)->str:
         "How long the rest will take"

@@ -131,6 +131,14 @@ def test_given_settings_go_to_objectives_that_have_them():
 def test_wrong_grids_are_refused(wrong):
     with pytest.raises(SettingsError): settings(**wrong)
 
+def test_a_row_that_was_left_unfinished(here):
+    "Is no row, and takes none that follows along"
+    job = next(iter(of('main', 'smoke', seeds=1, objectives='clip', kinds='pretrain').values()))
+    (here/'runs/grid.jsonl').write_text('{"event": "skipped"}\n{"event": "sta')
+    engine = Engine([job], [dict(OMP_NUM_THREADS='1')])
+    for k in range(2): engine.note('failed', job, why=str(k))
+    assert [(r['event'], r.get('why')) for r in g.events()] == [('skipped', None), ('failed', '0'), ('failed', '1')]
+
 def test_a_grid_without_runs(here):
     with pytest.raises(SettingsError, match='align has no runs of the kinds analysis'): run_grid(settings('smoke', studies='align', kinds='analysis'))
 
