@@ -193,7 +193,8 @@ class LlavaJson(Chats):
     def __init__(self, path, folder, # the .json file; where the paths in it begin
                  square:str='pad', # pad or crop
                  mean=(.5, .5, .5), # colour of the padding; an encoder's mean, which it sees as 0
-                 max_bad:float=.05): # largest share of rows that can't be used
+                 max_bad:float=.05, # largest share of rows that can't be used
+                 listed:Path|None=None): # where these are listed
         path, folder = self.places(path, folder)
         self.path, self.stamp = path, stamp(path)
         key, rows, names, bad = read_rows(path)
@@ -204,7 +205,9 @@ class LlavaJson(Chats):
         bad |= {int(k): (f'row {k}, {names[rows[k, 2]]}', reasons[rows[k, 2]]) for k in np.flatnonzero(np.isin(rows[:, 2], list(reasons)))}
         self.bad = [bad[k] for k in sorted(bad)]
         self.missing = Counter(reason for _, reason in self.bad)
-        self._judge(len(rows), max_bad)
+        if listed:
+            with whole(listed) as tmp: Path(tmp).write_text(''.join(json.dumps(dict(key=key, reason=reason)) + '\n' for key, reason in self.bad))
+        self._judge(len(rows), max_bad, f'; {listed.name} lists them' if listed else '')
         self.rows = np.delete(rows, sorted(bad), 0)
         used, self.ids = np.unique(self.rows[:, 2], return_inverse=True)
         if used[0] < 0: used, self.ids = used[1:], self.ids - 1
@@ -219,13 +222,13 @@ class LlavaJson(Chats):
         check(folder.is_dir(), f'{folder} is no folder: it should be the one in which the paths in {path.name} begin')
         return path, folder
 
-    def _judge(self, n:int, max_bad:float):
+    def _judge(self, n:int, max_bad:float, where:str):
         "Refuse a list of which too little can be used"
         if not n: raise BadData(f'{self.path} has no rows')
         if len(self.bad) < n and len(self.bad) <= max_bad*n: return
-        (reason, k), = self.missing.most_common(1)
-        first = '; '.join([key for key, r in self.bad if r == reason][:3])
-        raise BadData(f'{len(self.bad)} of {n} rows of {self.path} can not be used (max_bad={max_bad} allows {max_bad:.1%}), mostly: {reason} ({k}), as in {first}')
+        reasons = self.missing.most_common(3)
+        first = '; '.join([key for key, r in self.bad if r == reasons[0][0]][:3])
+        raise BadData(f'{len(self.bad)} of {n} rows of {self.path} can not be used (max_bad={max_bad} allows {max_bad:.1%}), mostly: {", ".join(f"{r} ({k})" for r, k in reasons)}, as in {first}{where}')
 
     def __len__(self): return len(self.rows)
     def picture_id(self, i:int)->int: return int(self.ids[i])

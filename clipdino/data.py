@@ -188,7 +188,7 @@ def decode(data:bytes,
     try:
         im = Image.open(io.BytesIO(data), formats=FORMATS)
         (w, h), to = im.size, fit(*im.size, size)
-        if min(w, h) < 2 or w*h > MAX_PIXELS: raise BadSample(f'image of {w} x {h} px')
+        if min(w, h) < 2 or w*h > MAX_PIXELS: raise BadSample(f'image of {w} x {h} px, too {"small" if min(w, h) < 2 else "large"}')
         full = [s*size/min(w, h) for s in (w, h)] if square else to
         drafted = im.draft('RGB', tuple(int(slack*s) for s in full))
         scale = drafted[1][2]/w if drafted else 1
@@ -207,7 +207,7 @@ def caption_of(data:bytes, key:str='')->str: # key of a JSON object, or empty fo
     try: text = json.loads(data).get(key) if key else data.decode()
     except UnicodeDecodeError: raise BadSample('caption is not UTF-8') from None
     except (ValueError, AttributeError, RecursionError): raise BadSample('unreadable JSON') from None
-    if not isinstance(text, str): raise BadSample('no caption')
+    if not isinstance(text, str): raise BadSample('no caption' if text is None else f'caption is a {type(text).__name__}, not text')
     if not (text := text.strip()): raise BadSample('empty caption')
     return text
 

@@ -6,15 +6,16 @@
 __all__ = ['HF_PREFIX', 'TOKENIZERS', 'IMAGENET', 'FORMS', 'SCHEMES', 'named', 'check_fit', 'keys_in', 'reading', 'grid_of',
            'Encoder', 'TimmEncoder', 'open_timm', 'read_in', 'run_settings', 'RunTowers', 'open_folder', 'folder_of',
            'open_random', 'HFTowers', 'HFEncoder', 'hf_file', 'hf_pixels', 'hf_model', 'open_hf', 'OpenClipTowers',
-           'OpenClipEncoder', 'open_clip_model', 'open_open_clip', 'dino_state', 'dino_vit', 'open_dino',
-           'load_encoder']
+           'OpenClipEncoder', 'open_clip_model', 'open_open_clip', 'to_open_clip', 'dino_state', 'dino_vit',
+           'open_dino', 'load_encoder']
 
 # %% ../nbs/03_encoders.ipynb #9e848314
-import argparse, inspect, logging, math, pickle, re, warnings
+import argparse, inspect, logging, math, pickle, re, tempfile, warnings
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -22,18 +23,18 @@ import timm
 import torch
 from open_clip.factory import parse_model_name
 from open_clip.transformer import VisionTransformer as OpenClipViT
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.layers.attention import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTokenizer
 from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
-from .core import SettingsError, check, load_plugins, read_json, runs_dir, say, seeded
-from .objectives import MEAN, STD, layers_of, make_encoder
-from .pretrain import Pretrain, dtype_of, kind_of, make_objective, open_encoder, reads_captions, tensors_digest
+from .core import SettingsError, check, load_plugins, read_json, runs_dir, say, seeded, write_json, writing
+from .objectives import MEAN, OWN, STD, layers_of, make_encoder, text_heads
+from .pretrain import OBJECTIVES, Pretrain, dtype_of, is_joint, kind_of, make_objective, open_encoder, tensors_digest
 from .views import centre
 
 # %% ../nbs/03_encoders.ipynb #0855d5e4
@@ -197,7 +198,7 @@ class RunTowers(nn.Module):
             self.objective.load_state_dict(load_file(folder/'objective.safetensors'))
         self.objective.float()
     def image(self, x): return self.objective.embed_image(x)
-    def text(self, texts): return self.objective.embed_text(self.objective.text.tokenize(texts).to(self.objective.proj.weight.device))
+    def text(self, texts): return self.objective.embed_text(self.objective.text.tokenize(texts).to(next(self.objective.parameters()).device))
 
 def open_folder(folder:Path)->Encoder:
     "A run folder of ours, or any other in timm's local-dir format"
@@ -205,8 +206,9 @@ def open_folder(folder:Path)->Encoder:
     check(bool(files & {'settings.json', 'config.json'}), f'{folder} holds no encoder: neither a run of ours (settings.json) nor a model of timm\'s (config.json)')
     check('config.json' not in files or 'architecture' in read_in(folder, 'config.json'), f'{folder}/config.json is not timm\'s, which names an architecture; for transformers\' the name is hf:{folder}')
     with reading(str(folder)): model = open_encoder(folder)
-    has_text = 'objective.safetensors' in files and reads_captions(read_in(folder, 'settings.json')['objective'])
-    return TimmEncoder(folder.name, model, towers=(lambda: RunTowers(folder)) if has_text else None)
+    objective = read_in(folder, 'settings.json')['objective'] if 'objective.safetensors' in files else ''
+    if objective and objective not in (*OBJECTIVES, *OWN): say(f'{folder.name} is read without a text tower: the objective {objective} is not known here, unless CLIPDINO_PLUGINS names its module')
+    return TimmEncoder(folder.name, model, towers=(lambda: RunTowers(folder)) if is_joint(objective) else None)
 
 # %% ../nbs/03_encoders.ipynb #891055f8
 def folder_of(name:str)->Path|None:
@@ -216,8 +218,8 @@ def folder_of(name:str)->Path|None:
 def open_random(name:str)->Encoder: # a timm name, or a run
     "Untrained weights"
     if (folder := folder_of(name)) is not None:
-        check((folder/'settings.json').exists() and kind_of(read_json(folder/'settings.json')) == 'pretrain', f'random:{name} is a folder, but of no pre-training run')
-        run = run_settings(folder)
+        check((folder/'settings.json').exists() and kind_of(said := read_json(folder/'settings.json')) == 'pretrain', f'random:{name} is a folder, but of no pre-training run')
+        run = SimpleNamespace(**said)  # whose objective need not be known here
         with dtype_of(run): model = make_encoder(run.arch, run.image_size, run.seed)
         return TimmEncoder(f'random:{folder.name}', model.float(), run.image_size, MEAN, STD)
     check(timm.is_model(name), f'random:{name} is neither a timm model nor a run')
@@ -349,6 +351,32 @@ def open_open_clip(name:str)->Encoder: # MODEL, MODEL/TAG, MODEL/FILE, hf-hub:OR
     if hasattr(v, 'trunk'): return TimmEncoder(f'open_clip:{short}', v.trunk, size, p['mean'], p['std'], towers)
     check(isinstance(v, OpenClipViT), f'open_clip:{name} has a vision tower of the kind {type(v).__name__}; open_clip\'s ViT and timm\'s models are read')
     return OpenClipEncoder(f'open_clip:{short}', v, size, p['mean'], p['std'], towers)
+
+# %% ../nbs/03_encoders.ipynb #799efde9
+def to_open_clip(run:str, folder)->Path: # a finished run, by name or path; the folder, which is made
+    "Write both towers, tokenizer and the way pictures are prepared, as open_clip opens them by `local-dir:`"
+    source, folder = folder_of(run), Path(folder).expanduser()
+    check(source is not None and (source/'objective.safetensors').exists() and (source/'result.json').exists(), f'{run} is no finished pre-training run')
+    check(not folder.exists(), f'{folder} is there already: name a folder that is to be made')
+    s = run_settings(source)
+    check(s.objective in OBJECTIVES and is_joint(s.objective) and s.objective != 'clip-lm', f'{run} was trained by {s.objective}: only runs of CLIP and SigLIP, or of CLIP and DINO together, have towers as open_clip has them')
+    usual = timm.create_model(s.arch, num_classes=0).patch_embed.img_size
+    check(usual == (s.image_size,)*2, f'{run} sees {s.image_size} px, and open_clip makes {s.arch} for {usual[0]} px alone')
+    o = RunTowers(source).objective
+    state = dict({f'visual.trunk.{k}': v for k, v in o.encoder.state_dict().items()}, **{f'text.{k}': v for k, v in o.text.net.state_dict().items()}, **{'visual.head.proj.weight': o.proj.weight, 'logit_scale': o.log_scale})
+    if o.sigmoid: state['logit_bias'] = o.bias
+    text = dict(context_length=s.context, vocab_size=s.vocab, width=s.text_width, heads=text_heads(s.text_width), layers=s.text_layers, hf_tokenizer_name='clip')
+    model = dict(embed_dim=s.dim, custom_text=True, text_cfg=text, vision_cfg=dict(timm_model_name=s.arch, timm_pool='token', timm_proj='linear', image_size=s.image_size), **(dict(init_logit_bias=0.) if o.sigmoid else {}))
+    own = o.text.tokenizer
+    marks = dict(zip(own.all_special_ids, ('<|startoftext|>', '<|endoftext|>')))
+    tokenizer = CLIPTokenizer(vocab={marks.get(i, t): i for t, i in own.encoder.items()}, merges=[m for m in own.bpe_ranks if m])
+    with writing(folder), tempfile.TemporaryDirectory(prefix=f'.{folder.name}.', dir=folder.parent) as tmp:
+        made = Path(tmp)/'made'
+        tokenizer.save_pretrained(made)
+        save_file({k: v.detach().contiguous() for k, v in state.items()}, made/'open_clip_model.safetensors')
+        write_json(made/'open_clip_config.json', dict(model_cfg=model, preprocess_cfg=dict(size=s.image_size, mean=MEAN, std=STD, interpolation='bicubic', resize_mode='shortest')))
+        made.rename(folder)
+    return folder
 
 # %% ../nbs/03_encoders.ipynb #5af78c0f
 def dino_state(path:Path)->dict: # -> names of timm's ViT

@@ -97,8 +97,9 @@ STUDIES = dict(
     hybrid=Study(('hybrid',), beside=('clip', 'dino')),
     scale=Study(('clip', 'dino'), pretrain=tuple(dict(images=times(k)) for k in (1/16, 1/4, 4)), kinds=('pretrain', 'probe', 'vlm', 'score')),
     captions=Study(('clip',), pretrain=tuple(dict(captions=c) for c in POLICIES if c != 'web'), beside=('clip', 'dino')),
-    align=Study(('clip', 'dino'), vlm=(dict(stage1_samples=times(1/8)),), kinds=('vlm', 'score'), untrained=True),
-    connector=Study(('clip', 'dino'), vlm=(*(dict(connector=c) for c in CONNECTORS if c != 'mlp'), dict(stage2_samples=times(4))), kinds=('vlm', 'score')),
+    stage1=Study(('clip', 'dino'), vlm=(dict(stage1_samples=times(1/8)),), kinds=('vlm', 'score'), untrained=True),
+    stage2=Study(('clip', 'dino'), vlm=(dict(stage2_samples=times(4)),), kinds=('vlm', 'score'), untrained=True),
+    connector=Study(('clip', 'dino'), vlm=tuple(dict(connector=c) for c in CONNECTORS if c != 'mlp'), kinds=('vlm', 'score')),
     llm=Study(('clip', 'dino'), vlm=(dict(llm=another_llm),), kinds=('vlm', 'score')))
 
 # %% ../nbs/07_grid.ipynb #6b1a2baa

@@ -313,7 +313,7 @@ class Own(NamedTuple):
     "An objective from elsewhere"
     make: object  # settings of a run, encoder -> `Objective`
     views: object  # settings of a run -> groups of views, as `one_view` and `two_views` of pre-training
-    captions: bool = False  # whether it has a text tower
+    joint: bool = False  # whether images and captions meet in one space, by `embed_image` and `embed_text` as in `Contrastive`: for zero-shot classification and retrieval
     changes: dict = {}  # its settings that differ from CLIP's, in all presets
 
 # %% ../nbs/01_objectives.ipynb #2b6753c2

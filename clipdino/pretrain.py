@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['OBJECTIVES', 'DISTILS', 'SMOKE', 'MINI', 'SMALL', 'PAPER', 'VIEW_SETTINGS', 'DINO_VIEWS', 'BY_OBJECTIVE', 'SOURCES',
            'FREE', 'ROUNDING', 'GPUS', 'REFUSED', 'MACHINERY', 'LOOKS', 'TextSettings', 'DINOSettings',
-           'HybridSettings', 'Pretrain', 'validate', 'launched', 'world_size', 'reads_captions', 'unused',
-           'check_inputs', 'settings', 'make_objective', 'dtype_of', 'one_view', 'two_views', 'view_groups',
-           'make_source', 'param_groups', 'schedule', 'features', 'world_tasks', 'labelled_task', 'Probe',
-           'state_tensors', 'tensors_digest', 'save_state', 'load_state', 'clip_gradients', 'NonFinite', 'kind_of',
-           'check_kind', 'check_noted', 'check_settings', 'make_probe', 'precision_of', 'accelerator', 'on_main',
-           'agree', 'Parts', 'Trainer', 'last_scores', 'Watch', 'fit', 'cost', 'Blank', 'seconds_per_image', 'costs',
-           'show_costs', 'ahead', 'export_encoder', 'open_encoder', 'ranks', 'retrieval', 'final_scores', 'finish',
-           'complete', 'looked_up', 'only_one', 'train', 'pretrain', 'arguments', 'spawn', 'program', 'main', 'collect',
-           'recipe', 'show_samples', 'show_views', 'show_curves', 'show_learning']
+           'HybridSettings', 'Pretrain', 'validate', 'launched', 'world_size', 'is_joint', 'unused', 'check_inputs',
+           'settings', 'make_objective', 'dtype_of', 'one_view', 'two_views', 'view_groups', 'make_source',
+           'param_groups', 'schedule', 'features', 'world_tasks', 'labelled_task', 'Probe', 'state_tensors',
+           'tensors_digest', 'save_state', 'load_state', 'clip_gradients', 'NonFinite', 'kind_of', 'check_kind',
+           'check_noted', 'check_settings', 'make_probe', 'precision_of', 'accelerator', 'on_main', 'agree', 'Parts',
+           'Trainer', 'last_scores', 'Watch', 'fit', 'cost', 'Blank', 'seconds_per_image', 'costs', 'show_costs',
+           'ahead', 'export_encoder', 'open_encoder', 'ranks', 'retrieval', 'final_scores', 'finish', 'complete',
+           'looked_up', 'only_one', 'train', 'pretrain', 'arguments', 'spawn', 'program', 'main', 'collect', 'recipe',
+           'show_samples', 'show_views', 'show_curves', 'show_learning']
 
 # %% ../nbs/02_pretrain.ipynb #568ea07d
 import argparse, hashlib, inspect, json, math, os, re, shutil, subprocess, sys, tempfile, textwrap, time
@@ -181,9 +181,9 @@ def world_size(run:Pretrain)->int:
     if launched(): return int(os.environ.get('WORLD_SIZE', 1))
     return run.processes or (1 if in_test() else max(torch.cuda.device_count(), 1))  # in a test each process has folders of its own
 
-def reads_captions(objective:str)->bool:
-    "Whether an objective that is known here has a text tower"
-    return OWN[objective].captions if objective in OWN else objective in OBJECTIVES and objective != 'dino'
+def is_joint(objective:str)->bool:
+    "Whether images and captions meet in one space, as far as is known here"
+    return OWN[objective].joint if objective in OWN else objective in OBJECTIVES and objective != 'dino'
 
 def unused(objective:str)->list:
     "Settings that an objective does not read"
@@ -196,7 +196,7 @@ def check_inputs(run:Pretrain):
     "Refuse a run that can't be split over its processes, or whose shards or text model are not there"
     check(os.environ.get('ACCELERATE_USE_FSDP', 'false') != 'true', 'accelerate launch --use_fsdp would split weights that every process needs whole: launch without it')
     check(run.data != '', 'data is empty: give image-text shards with -p data, or world')
-    check(not run.eval_data or reads_captions(run.objective), f'eval_data is for objectives that read captions, and {run.objective} reads none')
+    check(not run.eval_data or is_joint(run.objective), f'eval_data is for objectives with images and captions in one space, and {run.objective} has none')
     usual = settings(run.preset, run.objective)
     vain = [f for f in unused(run.objective) if getattr(run, f) != getattr(usual, f)]
     check(not vain, f'{", ".join(vain)}: {run.objective} has no use for it; leave it out, or take another objective')
@@ -231,9 +231,9 @@ BY_OBJECTIVE = dict(
 for by in BY_OBJECTIVE.values(): by['hybrid'] = {k: v for k, v in by['dino'].items() if k in ('crop_min', *(f.name for f in fields(DINOSettings)))}
 
 SOURCES = dict(  # of the values of the `paper` preset; "the paper" is arXiv 2510.11835
-    data='the paper: a subset of DataComp; its authors name DataComp-12M', samples='ml-mobileclip: 30,000 iterations of 8,192, 20 epochs, as in the paper', arch='the paper',
+    data='the paper: a subset of DataComp; its authors name DataComp-12M', samples='ml-mobileclip: 30,000 iterations of 8,192, 19 passes over 12.8M; the paper: 20 epochs', arch='the paper',
     image_size='open_clip and DINO repository', canvas='ours: JPEGs are decoded to at most this before they are cropped',
-    batch='CLIP: ml-mobileclip, run_datacomp12m.sh; DINO: 1,024 in its paper', lr='CLIP: the paper, which has 1e-3 for all; DINO: its repository, 5e-4 per 256 images',
+    batch='CLIP: ml-mobileclip, run_datacomp12m.sh; DINO: 1,024 in its paper', lr='CLIP: the paper, which has 1e-3 for all; DINO: not as in the paper but in its repository, 5e-4 per 256 images',
     min_lr='open_clip; DINO repository', warmup='CLIP: ml-mobileclip, 1,000 of 30,000 iterations; DINO: its repository, 10 of 100 epochs',
     eps='CLIP: open_clip; DINO: default of AdamW', beta2='CLIP: ml-mobileclip; DINO: default of AdamW', weight_decay='CLIP: ml-mobileclip; DINO repository',
     weight_decay_end='CLIP: constant; DINO repository: cosine', clip_grad='ml-mobileclip; DINO repository', clip_per='open_clip; DINO repository',
@@ -278,8 +278,9 @@ def _objective(run:Pretrain)->nn.Module:
     if run.objective == 'dino': return DINO(encoder, **dino)
     with seeded(run.seed, 3):
         if run.objective in OWN:
-            own = OWN[run.objective].make(run, encoder)
+            own, joint = OWN[run.objective].make(run, encoder), OWN[run.objective].joint
             check(isinstance(own, Objective), f'make of {run.objective} returns a {type(own).__name__}, which does not derive from clipdino.objectives.Objective')
+            check(joint == all(hasattr(own, f) for f in ('embed_image', 'embed_text')), f'the entry of {run.objective} says joint={joint}, but its class has {"not " if joint else ""}both embed_image and embed_text')
             return own
         text = (PretrainedText(run.text_model, run.unlocked, run.context, run.dim) if run.objective == 'clip-lm' else
                 TextTower(run.vocab, run.context, run.text_width, run.text_layers, run.dim))

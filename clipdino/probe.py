@@ -479,7 +479,8 @@ def main(args=None):
     "`python -m clipdino.probe --encoder ...`"
     def go(**given):
         result = probe(settings(**given))
-        return dict(name=result['name'], linear={t: round(r['linear']['top1'], 4) for t, r in result['tasks'].items() if 'linear' in r})
+        against = {d['task']: {k: d[k] for k in ('difference', 'interval', 'p')} for d in result.get('against', {}).get('differences', ()) if d['how'] == 'linear'}
+        return dict(name=result['name'], linear={t: round(r['linear']['top1'], 4) for t, r in result['tasks'].items() if 'linear' in r}, **(dict(against=against) if against else {}))
     program('clipdino.probe', ProbeRun, go, 'Probe an encoder.', args)
 
 if __name__ == '__main__' and '__file__' in globals(): main()  # as a program; in a notebook there is no file

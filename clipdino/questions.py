@@ -143,7 +143,7 @@ class Table:
         return base64.b64decode(image)
 
 class Lines:
-    "Questions as lines of JSON: `question`, `image` (a path from the file's folder), `options` or `A` to `D`, `answer_letter` or `answer`, and optionally `index`, `category` or `source`"
+    "Questions as lines of JSON: `question`, `image` (a path from the file's folder), `options` or `A` to `D`, its right letter as `answer_letter` or `answer`, and optionally `index`, `category` or `source`"
     def __init__(self, path:Path): self.path = path
 
     def rows(self):

@@ -122,7 +122,7 @@ def origin(folder:Path|None)->dict:
     "What a run of ours put together; nothing of others' models"
     if folder is None or not (folder/'settings.json').exists(): return {}
     s, r = read_json(folder/'settings.json'), read_json(folder/'result.json')
-    return dict({k: s[k] for k in ('encoder', 'llm', 'seed', 'preset')}, encoder_weights=r['encoder']['fingerprint'], saved=saved(folder))
+    return dict({k: s[k] for k in ('llm', 'seed', 'preset')}, encoder=r['encoder']['name'], encoder_weights=r['encoder']['fingerprint'], saved=saved(folder))
 
 def saved(folder:Path)->str:
     "A digest of the weights that a run saved, whatever precision they are used in"
@@ -361,7 +361,7 @@ def evaluate_in(folder:Path, run:Score, questions:Questions|None)->dict:
     if run.against: result['against'] = dict(name=run.against, differences=compare(rows, predictions(other)))
     write_json(folder/'result.json', result)
     s = result['score']
-    if s['missing']: say(f'there are no questions of {", ".join(s["missing"])}')
+    if 0 < len(s['missing']) < len(CATEGORIES): say(f'there are no questions of {", ".join(s["missing"])}')
     for p, t in s['protocols'].items(): say(f'{p}: {t["questions"]["overall"]["value"]:.1%} of {s["n"]} questions, chance 25%')
     return result
 
@@ -520,7 +520,9 @@ def main(args=None):
     "`python -m clipdino.vmcbench --vlm ...`"
     def go(**given):
         result = evaluate(settings(**given))
-        return dict(name=result['name'], right={p: round(t['twenty']['overall']['value'], 4) for p, t in result['score']['protocols'].items()})
+        def overall(by_protocol, *what): return {a: {p: {k: t[a]['overall'][k] for k in what} for p, t in by_protocol.items()} for a in ('questions', 'twenty')}
+        against = dict(against=overall(result['against']['differences'], 'value', 'interval', 'p')) if 'against' in result else {}
+        return dict(name=result['name'], **overall(result['score']['protocols'], 'value', 'interval'), **against)
     program('clipdino.vmcbench', Score, go, 'Score a VLM.', args)
 
 if __name__ == '__main__' and '__file__' in globals(): main()  # as a program; in a notebook there is no file

@@ -131,6 +131,9 @@ def test_too_many_of_them_are_refused(tmp_path):
     with pytest.raises(BadData, match=r'10 of 100 rows of .*list.json can not be used \(max_bad=0.05 allows 5.0%\), mostly: missing picture \(10\), as in row 90, a/2.jpg; row 91, a/3.jpg; row 92, a/4.jpg$'):
         LlavaJson(*written(tmp_path, rows))
     assert len(LlavaJson(*written(tmp_path, rows), max_bad=.1)) == 90
+    rows[0], listed = dict(conversations=[]), tmp_path/'bad.jsonl'
+    with pytest.raises(BadData, match=r'mostly: missing picture \(10\), no question with an answer \(1\), as in row 90, .*; bad.jsonl lists them$'): LlavaJson(*written(tmp_path, rows), listed=listed)
+    assert [json.loads(l)['key'] for l in listed.read_text().splitlines()] == ['row 0, id None', *(f'row {k}, a/{k - 88}.jpg' for k in range(90, 100))]
     with pytest.raises(BadData, match='1 of 1 rows'): LlavaJson(*written(tmp_path, [dict(conversations=[])]), max_bad=1.)
 
 @pytest.mark.parametrize('text, what', [('{"a": 1}', r"'{' instead of \[ at byte 0"), ('[{"a": tru}]', 'row 0 can not be read at byte 7'), ('[{}, {"a": "', 'row 1 can not be read'), ('[{}', 'row 0 is not followed by'),

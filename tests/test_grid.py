@@ -94,14 +94,13 @@ def test_the_other_studies():
     assert {j.run.captions for j in captions.values() if j.kind == 'pretrain'} == set(POLICIES) and {j.run.captions for j in captions.values() if j.kind == 'vlm'} == {'web'}
     assert captions['analysis-captions-mini-s0'].run.names[:2] == ['clip-mini-s0', 'clip-mini-s0-captions-no-text']
     v = [j.run for j in connector.values() if j.kind == 'vlm']
-    assert {(r.encoder, r.connector) for r in v} == {(f'{o}-mini-s0', c) for o in ('clip', 'dino') for c in CONNECTORS}
-    n = g.vlm_settings('mini').stage2_samples
-    assert {r.stage2_samples for r in v} == {n, 4*n}
-    align = [j.run for j in of('align', seeds=1).values() if j.kind == 'vlm']
-    assert [r.encoder for r in align] == ['clip-mini-s0', 'dino-mini-s0', 'random:clip-mini-s0'] and {r.stage1_samples for r in align} == {g.vlm_settings('mini').stage1_samples//8}
+    assert {(r.encoder, r.connector) for r in v} == {(f'{o}-mini-s0', c) for o in ('clip', 'dino') for c in CONNECTORS if c != 'mlp'}
+    for s, times in ('stage1', 1/8), ('stage2', 4):
+        v = [j.run for j in of(s, seeds=1).values() if j.kind == 'vlm']
+        assert [r.encoder for r in v] == ['clip-mini-s0', 'dino-mini-s0', 'random:clip-mini-s0'] and {getattr(r, f'{s}_samples') for r in v} == {times*getattr(g.vlm_settings('mini'), f'{s}_samples')}
     assert set(llm) == {'clip-mini-s0', 'dino-mini-s0', 'lm-mini-wide', *(f'{s}vlm-{o}-mini-s0-world-wide' for o in ('clip', 'dino') for s in ('', 'score-'))}
     assert llm['lm-mini-wide'].run.width == 2*g.lm_settings('mini').width
-    assert {j.run.llm for j in of('llm', preset='paper', given='pretrain.data=a.tar vlm.stage1_data=a.json vlm.stage2_data=b.json').values() if j.kind == 'vlm'} == {'Qwen/Qwen2-7B-Instruct'}
+    assert {(j.run.llm, j.run.template) for j in of('llm', preset='paper', given='pretrain.data=a.tar vlm.stage1_data=a.json vlm.stage2_data=b.json').values() if j.kind == 'vlm'} == {('Qwen/Qwen2-7B-Instruct', '')} and g.vlm_settings('paper').template == 'vicuna'
     assert [j.run.objective for j in hybrid.values() if j.kind == 'pretrain'] == ['hybrid', 'clip', 'dino'] and [j.name for j in hybrid.values() if j.kind == 'vlm'] == ['vlm-hybrid-mini-s0']
     assert hybrid['analysis-hybrid-mini-s0'].run.names == ['clip-mini-s0', 'hybrid-mini-s0', 'dino-mini-s0']
     both = of('main,captions', seeds=1)
@@ -140,7 +139,7 @@ def test_a_row_that_was_left_unfinished(here):
     assert [(r['event'], r.get('why')) for r in g.events()] == [('skipped', None), ('failed', '0'), ('failed', '1')]
 
 def test_a_grid_without_runs(here):
-    with pytest.raises(SettingsError, match='align has no runs of the kinds analysis'): run_grid(settings('smoke', studies='align', kinds='analysis'))
+    with pytest.raises(SettingsError, match='stage1 has no runs of the kinds analysis'): run_grid(settings('smoke', studies='stage1', kinds='analysis'))
 
 # --- how far they have come
 
@@ -195,8 +194,8 @@ def test_results_that_are_older_than_what_they_were_made_from(here):
 
 def test_no_multiple_is_taken_of_all_there_is():
     given = 'pretrain.data=a.tar vlm.stage1_data=a.json:b vlm.stage2_data=a.json:b'
-    with pytest.raises(SettingsError, match='stage1_samples=0 of the preset paper means all that there is'): jobs(settings('paper', studies='align', given=given))
-    v = [j.run for j in jobs(settings('paper', studies='align', seeds=1, given=f'{given} vlm.stage1_samples=80000')) if j.kind == 'vlm']
+    with pytest.raises(SettingsError, match='stage1_samples=0 of the preset paper means all that there is'): jobs(settings('paper', studies='stage1', given=given))
+    v = [j.run for j in jobs(settings('paper', studies='stage1', seeds=1, given=f'{given} vlm.stage1_samples=80000')) if j.kind == 'vlm']
     assert {r.stage1_samples for r in v} == {10000}
 
 def row(seconds, before='new', what='clip', amount=128, threads=1, device='here', event='done'):

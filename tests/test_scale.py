@@ -16,7 +16,8 @@ from transformers import CLIPConfig, T5Config, ViTConfig
 import clipdino.data as data
 from clipdino.core import SettingsError, mix
 from clipdino.data import BadData
-from clipdino.objectives import OWN, Objective, Own, clip_loss, make_encoder, siglip_loss
+from clipdino.encoders import load_encoder
+from clipdino.objectives import OWN, Objective, Own, TextTower, clip_loss, make_encoder, siglip_loss
 from clipdino.pretrain import MEAN, OBJECTIVES, Pretrain, STD, Trainer, accelerator, arguments, check_inputs, main, make_objective, one_view, pretrain, program, settings, spawn, state_tensors, view_groups, world_size
 from clipdino.views import make_views
 
@@ -249,6 +250,35 @@ def test_slips_in_ones_own_objective_are_named(monkeypatch):
     with pytest.raises(SettingsError, match='no such setting: learning_rate'): settings('smoke', 'mine')
     monkeypatch.setitem(OWN, 'mine', Own(make=lambda run, encoder: encoder, views=one_view))
     with pytest.raises(SettingsError, match='make of mine returns a VisionTransformer, which does not derive from clipdino.objectives.Objective'): make_objective(settings('smoke', 'mine'))
+
+class Both(Objective):
+    "Has what a joint space takes"
+    def embed_image(self, x, keys=None): return self.encoder(x)
+    def embed_text(self, tokens): return tokens
+
+@pytest.mark.parametrize('kind, joint', [(Objective, True), (Both, False)])
+def test_an_entry_and_its_class_agree_about_a_joint_space(monkeypatch, kind, joint):
+    for j in joint, not joint:
+        monkeypatch.setitem(OWN, 'mine', Own(make=lambda run, encoder: kind(encoder), views=one_view, joint=j))
+        if j == joint:
+            with pytest.raises(SettingsError, match=f'the entry of mine says joint={joint}, but its class has {"not " if joint else ""}both embed_image and embed_text'): make_objective(settings('smoke', 'mine'))
+        else: assert make_objective(settings('smoke', 'mine'))
+
+class Captioner(Objective):
+    "Reads captions, and has no joint space"
+    captions = True
+    def __init__(self, encoder, text):
+        super().__init__(encoder)
+        self.text = text
+    def forward(self, views, tokens, keys): return dict(loss=self.encoder(views[0]).square().mean() + self.text(tokens).square().mean())
+
+def test_an_objective_that_reads_captions_without_a_joint_space(monkeypatch, tmp_path):
+    "Is probed without zero-shot, and has no retrieval"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(OWN, 'captioner', Own(make=lambda run, encoder: Captioner(encoder, TextTower(run.vocab, run.context, run.text_width, run.text_layers, run.dim)), views=one_view))
+    result = pretrain(settings('smoke', 'captioner', samples=32, probes=0))
+    assert not (e := load_encoder(str(tmp_path/'runs'/result['name']))).has_text and e.dim == 32
+    with pytest.raises(SettingsError, match='eval_data is for objectives with images and captions in one space, and captioner has none'): check_inputs(settings('smoke', 'captioner', eval_data='x.tar'))
 
 @pytest.mark.parametrize('arch, said', [('beit_base_patch16_224', 'is a Beit, and must be one of'), ('vit_base_patch16_siglip_224', 'with a class token')])
 def test_other_architectures_are_refused(arch, said):

@@ -1,5 +1,5 @@
 "From result files to verdicts: made-up results of which the verdict is known, and results that must be refused."
-import math, re
+import json, math, re
 from dataclasses import replace
 
 import numpy as np
@@ -7,12 +7,12 @@ import pandas as pd
 import pytest
 from scipy.stats import t as student, ttest_1samp
 
-import clipdino.pretrain as pretrain, clipdino.probe as probe, clipdino.vlm as vlm, clipdino.vmcbench as vmcbench
+import clipdino.analysis as analysis, clipdino.pretrain as pretrain, clipdino.probe as probe, clipdino.vlm as vlm, clipdino.vmcbench as vmcbench
 from clipdino.analysis import patch_colours
 from clipdino.core import SettingsError, digest
 from clipdino.encoders import load_encoder
 from clipdino.questions import GROUPS, LETTERS, VISION
-from clipdino.study import CLAIMS, RESULTS, Effect, Results, abstract, aligned, along, collect, deciding, effect, in_training, judge, judgements, kinds_of_tasks, like, matched, measured, moves, outcome, read_table, sensitivity, show_moves, told, two_sided, verdicts
+from clipdino.study import CLAIMS, RESULTS, WAYS, Effect, Results, abstract, along, collect, deciding, effect, in_training, judge, judgements, kinds_of_tasks, like, matched, measured, moves, of_length, outcome, read_table, sensitivity, show_moves, told, two_sided, verdicts
 from clipdino.world import render, scene
 from clipdino.worldvqa import WorldVQA
 
@@ -100,6 +100,7 @@ def test_matched_by_accuracy(tmp_path):
     t = verdicts(tables).set_index('')
     assert re.fullmatch(r'[+-]0\.\d points \[.+\], inconclusive \(p\s=\s\d\.\d+\)', t['equal accuracy']['2']) and t['equal accuracy']['7s'] == '' and '; Equal accuracy: ' in told(tables, '1').data
     with pytest.raises(SettingsError, match='matching.*samples'): matched(r, 'time', 'clip', 'dino')
+    with pytest.raises(SettingsError, match=r"judge is about the objectives that the claims name; for others call a claim's function"): judge(r, a='siglip')
 
 def test_at_equal_compute_the_dearer_objective_stops_early(tmp_path):
     r = Results('mini', write(tmp_path, {('dino', 'object'): .8}))
@@ -167,14 +168,21 @@ def test_what_claims_say_in_words(tmp_path):
     for a, b, column in ('clip', 'dino', 'CLIP minus DINO'), ('dino', 'untrained', 'DINO minus untrained'): assert [float(v.split()[0]) for v in t[column]] == pytest.approx([d.mean() for d, _ in moves(r, a, b).values()], abs=.006)
     assert '*replicated*: ' in (a := abstract(r, tables).data) and 'Distinct symbols are less alike for CLIP: -0.20 [' in a and '3 seeds, 1000 questions' in a
 
-def test_a_connector_trained_for_less(tmp_path):
-    "In the preset's time CLIP's VLM reads; in less none does, and there is nothing to compare"
-    short, blind = 'stage1_samples=16384', lambda c: .3
-    more = [(o, v) for v in (short, 'stage1_samples=32768') for o in ('clip', 'dino', 'untrained')]
-    r = Results('mini', write(tmp_path, answers=dict(clip=lambda c: .8 if c in GROUPS['OCR'] else .3, dino=blind) | {(o, short): blind for o in ('clip', 'dino', 'untrained')}, more=more))
-    assert judge(r).set_index('claim').verdict['5'] == 'replicated' and (t := judge(r, shorter=True)).claim.tolist() == ['5', '6', '6v'] and t.verdict[0] == 'not shown better'
-    assert sensitivity(r).loc['shorter alignment', '5'].endswith('not shown better') and along(r, 'stage1_samples').value.tolist()[::3] == ['131072', '16384', '32768']
-    with pytest.raises(SettingsError, match='no VLMs whose stage 1 was shorter'): aligned(Results('mini', write(tmp_path, more=[('clip', 'stage1_samples=262144')])), 'clip', 'dino')
+@pytest.mark.parametrize('length, most, between, wrong', [('shorter stage 1', 'stage1_samples=16384', 'stage1_samples=32768', 'stage1_samples=262144'), ('longer stage 2', 'stage2_samples=524288', 'stage2_samples=262144', 'stage2_samples=16384')])
+def test_vlms_trained_in_another_length(tmp_path, length, most, between, wrong):
+    "In the preset's time CLIP's VLM reads; in the other none does, and there is nothing to compare"
+    blind = lambda c: .3
+    more = [(o, v) for v in (most, between) for o in ('clip', 'dino', 'untrained')]
+    r = Results('mini', write(tmp_path, answers=dict(clip=lambda c: .8 if c in GROUPS['OCR'] else .3, dino=blind) | {(o, most): blind for o in ('clip', 'dino', 'untrained')}, more=more))
+    assert judge(r).set_index('claim').verdict['5'] == 'replicated' and (t := judge(r, length=length)).claim.tolist() == ['5', '6', '6v'] and t.verdict[0] == 'not shown better'
+    assert sensitivity(r).loc[length, '5'].endswith('not shown better') and set(along(r, most.split('=')[0]).value) == {'131072', *(v.split('=')[1] for v in (most, between))}
+    if length in WAYS: assert verdicts(judgements(r)).set_index('')[length]['5'].endswith('CLIP not shown better than untrained') and f'{length.capitalize()}: ' in told(judgements(r), '5').data
+    with pytest.raises(SettingsError, match=f'no VLMs with a {length}: the study {length[-7:].replace(" ", "")} has them'): of_length(Results('mini', write(tmp_path, more=[('clip', wrong)])), length)
+    early = 'samples=24576 warmup=0.8'
+    r = Results('mini', write(tmp_path, answers={'clip': blind, 'dino': blind, ('clip', f'{early} {most}'): lambda c: .8}, more=[('clip', early), ('clip', f'{early} {most}'), *((o, most) for o in ('clip', 'dino', 'untrained'))]))
+    both = judge(r, matching='accuracy', length=length).set_index('claim')
+    assert both.effect['5'] == pytest.approx(50, abs=8) and both.verdict['5'] == 'replicated' and judge(r, length=length).effect.abs().max() < 8
+    with pytest.raises(SettingsError, match="length='long' is not one of shorter stage 1, longer stage 2"): of_length(r, 'long')
 
 def test_results_on_real_sets_come_first(tmp_path):
     "ImageNet for classes, cars and birds for families, a labelled set's curve for the matching, and questions of any set"
@@ -296,6 +304,11 @@ def test_a_missing_seed_is_said(tmp_path):
     assert t.verdict['1'] == t.verdict['5'] == 'incomplete' and 'clip has the seeds [0, 1, 2] and dino has [0, 1]' in t.why['1'] and 'dino has [0, 1]' in t.why['5']
     assert t.verdict['7s'] != 'incomplete'
 
+def test_without_untrained_encoders_there_is_an_effect_and_no_verdict(tmp_path):
+    t = judged(tmp_path, **AS_THE_PAPER, drop=[('untrained', s) for s in SEEDS])
+    assert set(t.verdict[['1', '2', '5', '6', '6v']]) == {'incomplete'} and t.effect['5'] == pytest.approx(30, abs=8) and t.low['5'] > 20 and 'untrained has []' in t.why['5']
+    assert set(t.index[t.p.notna()]) == {'3o', '3c', '4'} and measured(t.loc['5']).startswith('+')
+
 def test_one_seed_has_an_effect_and_no_verdict(tmp_path):
     t = judged(tmp_path, **AS_THE_PAPER, drop=[(o, s) for o in OBJECTIVES for s in (1, 2)])
     assert set(t.verdict) == {'incomplete'} and t.p.isna().all() and t.effect['2'] == pytest.approx(10, abs=1) and t.why['5'].startswith('one seed has no interval') and t.effect['5'] > 10
@@ -317,6 +330,11 @@ def test_gaps_with_two_language_models(tmp_path, clip, dino, own, verdict):
     assert (t.floor['8'] or t.verdict['8']) == verdict and (t.verdict['8'] == 'not shown better') == (t.floor['8'] != '')
     gain = 100*(clip - dino - own[0] + own[1])
     if not t.floor['8']: assert t.effect['8'] == pytest.approx(gain if clip + dino > sum(own) else -gain, abs=8)
+
+def test_a_language_model_with_a_template_of_its_own(tmp_path):
+    name = 'llm=other template='
+    r = Results('mini', write(tmp_path, **AS_THE_PAPER, more=[(o, name) for o in ('clip', 'dino')]))
+    assert judge(r).set_index('claim').seeds['8'] == 3 and list(dict.fromkeys(along(r, 'llm').value)) == ['world', 'other']
 
 def test_seeds_that_both_language_models_have(tmp_path):
     write(tmp_path, **AS_THE_PAPER, more=BOTH_LLMS)
@@ -349,26 +367,33 @@ def test_an_encoder_that_was_probed_again(tmp_path):
     assert f'keep the rows of one of {again.run.iloc[0]}, again' in judge(Results('mini', tmp_path)).set_index('claim').why['1']
 
 def test_real_runs_become_tables(tmp_path, monkeypatch, capsys):
-    "A chain of tiny runs, gathered twice and in two pieces"
+    "A chain of tiny runs, by the modules as programs, gathered twice and in two pieces"
     (tmp_path/'settings.ini').touch()
     monkeypatch.setenv('CLIPDINO_CACHE', str(tmp_path/'cache'))
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     monkeypatch.delenv('IN_TEST', raising=False)
     monkeypatch.chdir(tmp_path)
+    def program(module, options): module.main(['--preset', 'smoke', *options.split()])
     for s in 0, 1:
-        pretrain.pretrain(pretrain.settings('smoke', seed=s))
-        vlm.train_vlm(vlm.settings('smoke', encoder=f'clip-smoke-s{s}', seed=s, questions=0, connector='linear' if s else 'mlp'))
-        vmcbench.evaluate(vmcbench.settings('smoke', vlm=f'vlm-clip-smoke-s{s}', how='likelihood'))
-    for e in 'clip-smoke-s0', 'random:clipdino_vit_smoke': probe.probe(probe.settings('smoke', encoder=e))
+        program(pretrain, f'--seed {s}')
+        program(vlm, f'--encoder {"runs/"*s}clip-smoke-s{s} --name vlm-clip-smoke-s{s} --seed {s} --questions 0 --connector {"linear" if s else "mlp"}')
+        program(vmcbench, f'--vlm vlm-clip-smoke-s{s} --how likelihood')
+    for options in '--encoder runs/clip-smoke-s0 --name probe-clip-smoke-s0', '--encoder random:clipdino_vit_smoke': program(probe, options)
+    program(analysis, '--encoders clip-smoke-s0,clip-smoke-s1')
+    shown = {r['name']: r for r in map(json.loads, re.findall(r'^{"name".*', capsys.readouterr().out, re.M))}
+    assert shown.keys() == {d.parent.name for d in (tmp_path/'runs').glob('*/result.json')}
+    score, probes = (json.loads((tmp_path/'runs'/name/'result.json').read_text()) for name in ('score-vlm-clip-smoke-s1', 'probe-clip-smoke-s0'))
+    assert shown[score['name']]['twenty'] == {p: {k: t['twenty']['overall'][k] for k in ('value', 'interval')} for p, t in score['score']['protocols'].items()}
+    assert shown[probes['name']]['linear']['object'] == pytest.approx(probes['tasks']['object']['linear']['top1'], abs=1e-4)
     (tmp_path/'runs/cut').mkdir()
     for f in 'settings.json', 'result.json': (tmp_path/'runs/cut'/f).write_text('{')
     (tmp_path/'runs/score-vlm-clip-smoke-s1').rename(tmp_path/'runs/renamed-s1')
     to = tmp_path/'tables'
     to.mkdir()
     collect('smoke', to=to)
-    assert re.search(r'cut is left out: .*settings.json is damaged.*\nprobe-random-clipdino_vit_smoke is left out: random:clipdino_vit_smoke is no run of the preset smoke', capsys.readouterr().out)
+    assert re.search(r'cut is left out: .*settings.json is damaged.*\nprobe-random-clipdino_vit_smoke is left out: random:clipdino_vit_smoke is not among the runs of the preset smoke that were gathered', capsys.readouterr().out)
     t = {f.name.removesuffix('_smoke.csv'): read_table(f) for f in to.iterdir()}
-    assert set(t) == {'runs', 'pretrain', 'probe', 'vmcbench', 'questions', 'patches'} and sorted(t['runs'].kind) == ['pretrain', 'pretrain', 'probe', 'vlm', 'vlm', 'vmcbench', 'vmcbench']
+    assert set(t) == {'runs', 'pretrain', 'probe', 'analysis', 'pairs', 'vmcbench', 'questions', 'patches'} and sorted(t['runs'].kind) == ['analysis', 'pretrain', 'pretrain', 'probe', 'vlm', 'vlm', 'vmcbench', 'vmcbench']
     runs = t['runs'].set_index('run')
     assert set(t['vmcbench'].run) == {'score-vlm-clip-smoke-s0', 'renamed-s1'} <= set(runs.index)
     assert runs.variant['clip-smoke-s0'] == runs.variant['vlm-clip-smoke-s0'] == '' and runs.variant['vlm-clip-smoke-s1'] == 'connector=linear' and runs.settings['clip-smoke-s0'] == runs.settings['clip-smoke-s1']
