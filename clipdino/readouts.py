@@ -322,13 +322,15 @@ def report(scores:torch.Tensor, y, names:tuple, worst:int=5)->dict: # (n, K), (n
                 mean_class=float(np.mean([*recall.values()])), per_class=per_class, confused=[[names[a], names[b], round(v, 4)] for (a, b), v in pairs if v])
 
 def paired(a, b)->dict: # (n,) successes of two encoders on the same pictures, or any paired numbers
-    "Difference a - b, its bootstrap interval, and the p-value of McNemar's exact test where the values are 0 or 1"
+    "Difference a - b with its interval: of successes Agresti and Min's, with the p-value of McNemar's exact test; of other numbers the percentile bootstrap's"
     a, b = (np.asarray(v, dtype=np.float64) for v in (a, b))
     check(a.shape == b.shape, f'{len(a)} and {len(b)} pictures can not be compared one by one')
     d = a - b
-    out = dict(difference=float(d.mean()), interval=interval(d), pictures=len(d))
-    if np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all(): out['p'] = binomtest(int((d > 0).sum()), int((d != 0).sum())).pvalue if (d != 0).any() else 1.
-    return out
+    out = dict(difference=float(d.mean()), pictures=len(d))
+    if not np.isin((a, b), (0, 1)).all(): return dict(out, interval=interval(d))
+    more, less, n = int((d > 0).sum()), int((d < 0).sum()), len(d) + 2
+    centre, half = (more - less)/n, norm.isf(.025)*math.sqrt(more + less + 1 - (more - less)**2/n)/n
+    return dict(out, interval=[max(centre - half, -1.), min(centre + half, 1.)], p=binomtest(more, more + less).pvalue if more + less else 1.)
 
 # %% ../nbs/01_readouts.ipynb #8bdedbb3
 IGNORED = 255  # label of pixels that do not count

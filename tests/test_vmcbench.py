@@ -463,9 +463,9 @@ def test_what_is_no_model_is_refused(folder, tmp_path):
     (tmp_path/'runs/begun').mkdir(parents=True)
     with pytest.raises(SettingsError, match='begun holds no finished vision-language model: it has no config.json'): load_vlm('begun')
     for f in folder.iterdir(): (tmp_path/'runs/begun'/f.name).write_bytes(f.read_bytes())
-    (tmp_path/'runs/begun/settings.json').write_text('{"encoder": "clip-mini-s0", "llm": "x", "seed": 1, "preset": "mini"}')
+    (tmp_path/'runs/begun/settings.json').write_text('{"encoder": "runs/clip-mini-s0", "llm": "x", "seed": 1, "preset": "mini"}')
     with pytest.raises(SettingsError, match='the run begun is not finished: it has no result.json'): load_vlm('begun')
-    (tmp_path/'runs/begun/result.json').write_text('{"encoder": {"fingerprint": "f"}}')
+    (tmp_path/'runs/begun/result.json').write_text('{"encoder": {"name": "clip-mini-s0", "fingerprint": "f"}}')
     assert load_vlm('begun').about['encoder'] == 'clip-mini-s0' and load_vlm('begun').about['encoder_weights'] == 'f' and load_vlm('begun').fingerprint == load_vlm(folder).fingerprint
     assert load_vlm('begun').about['saved'] == load_vlm('begun', precision='bf16').about['saved'] == saved(folder)
     weights = load_file(tmp_path/'runs/begun/model.safetensors')
