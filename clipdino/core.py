@@ -231,7 +231,7 @@ def cores()->int: return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_geta
 def environment()->dict:
     "What a run ran on: Python, packages, commit and device; digests of plug-ins"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{platform.machine()} CPU, {os.cpu_count()} cores'
-    own = {p: digest(Path(sys.modules[p].__file__).read_bytes()) for p in plugins() if p in sys.modules}
+    own = {p: digest(Path(f).read_bytes()) for p in plugins() if (f := getattr(sys.modules.get(p), '__file__', None))}
     return dict(python=platform.python_version(), packages={p: metadata.version(p) for p in PACKAGES}, commit=commit(), device=device, **(dict(plugins=own) if own else {}))
 
 # %% ../nbs/00_core.ipynb #b3421600

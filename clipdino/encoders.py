@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPTokenizer
 from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
-from .core import SettingsError, check, load_plugins, read_json, runs_dir, say, seeded, write_json, writing
+from .core import SettingsError, check, load_plugins, read_json, runs_dir, say, seeded, whole, write_json, writing
 from .objectives import MEAN, OWN, STD, layers_of, make_encoder, text_heads
 from .pretrain import OBJECTIVES, Pretrain, dtype_of, is_joint, kind_of, make_objective, open_encoder, tensors_digest
 from .views import centre
@@ -207,7 +207,7 @@ def open_folder(folder:Path)->Encoder:
     check('config.json' not in files or 'architecture' in read_in(folder, 'config.json'), f'{folder}/config.json is not timm\'s, which names an architecture; for transformers\' the name is hf:{folder}')
     with reading(str(folder)): model = open_encoder(folder)
     objective = read_in(folder, 'settings.json')['objective'] if 'objective.safetensors' in files else ''
-    if objective and objective not in (*OBJECTIVES, *OWN): say(f'{folder.name} is read without a text tower: the objective {objective} is not known here, unless CLIPDINO_PLUGINS names its module')
+    if objective and objective not in (*OBJECTIVES, *OWN): say(f'{folder.name}: the objective {objective} is not known here, so that a text tower, if there is one, is not read; CLIPDINO_PLUGINS may name its module')
     return TimmEncoder(folder.name, model, towers=(lambda: RunTowers(folder)) if is_joint(objective) else None)
 
 # %% ../nbs/03_encoders.ipynb #891055f8
@@ -358,8 +358,9 @@ def to_open_clip(run:str, folder)->Path: # a finished run, by name or path; the 
     source, folder = folder_of(run), Path(folder).expanduser()
     check(source is not None and (source/'objective.safetensors').exists() and (source/'result.json').exists(), f'{run} is no finished pre-training run')
     check(not folder.exists(), f'{folder} is there already: name a folder that is to be made')
+    o = read_in(source, 'settings.json')['objective']
+    check(o in OBJECTIVES and is_joint(o) and o != 'clip-lm', f'{run} was trained by {o}: only runs of CLIP and SigLIP, or of CLIP and DINO together, have towers as open_clip has them')
     s = run_settings(source)
-    check(s.objective in OBJECTIVES and is_joint(s.objective) and s.objective != 'clip-lm', f'{run} was trained by {s.objective}: only runs of CLIP and SigLIP, or of CLIP and DINO together, have towers as open_clip has them')
     usual = timm.create_model(s.arch, num_classes=0).patch_embed.img_size
     check(usual == (s.image_size,)*2, f'{run} sees {s.image_size} px, and open_clip makes {s.arch} for {usual[0]} px alone')
     o = RunTowers(source).objective
@@ -370,10 +371,11 @@ def to_open_clip(run:str, folder)->Path: # a finished run, by name or path; the 
     own = o.text.tokenizer
     marks = dict(zip(own.all_special_ids, ('<|startoftext|>', '<|endoftext|>')))
     tokenizer = CLIPTokenizer(vocab={marks.get(i, t): i for t, i in own.encoder.items()}, merges=[m for m in own.bpe_ranks if m])
+    with writing(folder): folder.parent.mkdir(parents=True, exist_ok=True)
     with writing(folder), tempfile.TemporaryDirectory(prefix=f'.{folder.name}.', dir=folder.parent) as tmp:
         made = Path(tmp)/'made'
         tokenizer.save_pretrained(made)
-        save_file({k: v.detach().contiguous() for k, v in state.items()}, made/'open_clip_model.safetensors')
+        with whole(made/'open_clip_model.safetensors') as part: save_file({k: v.detach().contiguous() for k, v in state.items()}, part)
         write_json(made/'open_clip_config.json', dict(model_cfg=model, preprocess_cfg=dict(size=s.image_size, mean=MEAN, std=STD, interpolation='bicubic', resize_mode='shortest')))
         made.rename(folder)
     return folder

@@ -728,7 +728,7 @@ def retrieval(trainer, source, batch:int=256)->dict:
         bad = {key for key, _ in bad}
         good = [j for j, k in enumerate(ids.tolist()) if not bad or source.key(k) not in bad]  # in place of the others are pairs that come again
         if not good: continue
-        xs.append(o.embed_image(centre(torch.from_numpy(images[good]).to(device), torch.as_tensor(hw[good], device=device), trainer.run.image_size, MEAN, STD).to(o.proj.weight.dtype)))
+        xs.append(o.embed_image(centre(torch.from_numpy(images[good]).to(device), torch.as_tensor(hw[good], device=device), trainer.run.image_size, MEAN, STD).to(next(o.parameters()).dtype)))
         ts.append(o.embed_text(o.text.tokenize([captions[j] for j in good]).to(device)))
     xs, ts = torch.cat(xs), torch.cat(ts)
     check(xs.isfinite().all() and ts.isfinite().all(), 'embeddings of held-out pairs are not finite')
@@ -805,9 +805,9 @@ def pretrain(run:Pretrain)->dict:
 
 # %% ../nbs/02_pretrain.ipynb #9a81b308
 def arguments(run:Settings, base:Settings|None=None)->list: # the settings of its preset
-    "The command-line options that give `run`"
+    "The command-line options that give `run`; those on which defaults of others depend, or that depend on others, are always there"
     base = asdict(base or settings(run.preset, run.objective))
-    return [a for k, v in asdict(run).items() if v != base[k] or k in ('preset', 'objective') for a in (f'--{k}', str(v))]
+    return [a for k, v in asdict(run).items() if v != base[k] or k in ('preset', 'objective', 'template') for a in (f'--{k}', str(v))]
 
 def spawn(run:Settings, folder:Path, module:str='clipdino.pretrain', options:list|None=None)->dict:
     "Have several processes on this machine train a run, and show what they print; the result"

@@ -71,7 +71,8 @@ def beside(name:str, folder:Path)->str: # an encoder or a VLM as a run was given
     "The name of a run that was given by its path, and lies beside this one"
     path = Path(name.removeprefix('random:')).expanduser()
     own = folder.parent/path.name
-    return 'random:'*name.startswith('random:') + path.name if name and path.is_dir() and own.is_dir() and path.samefile(own) else name
+    same = name and own.is_dir() and any((d/path).is_dir() and (d/path).samefile(own) for d in (Path.cwd(), root(), folder.parent))
+    return 'random:'*name.startswith('random:') + path.name if same else name
 
 def variant_key(kind:str, setting:str)->str: # a VLM's captions are not its encoder's
     return f'vlm.{setting}' if kind == 'vlm' and setting in {f.name for f in fields(pretrain.Pretrain)} else setting
@@ -200,7 +201,7 @@ class Results:
         check(self.asked in sets or not self.asked and len(sets) == 1, f'runs of {self.preset} answered the questions {" and ".join(sets)}; asked={self.asked!r} must be one of these')
         t = t[t.questions == (self.asked or sets[0])]
         of = self.runs[self.runs.kind == 'vlm'].set_index('run')
-        t = self._with_encoders(t, 'encoder_weights')
+        t = self._with_encoders(t.assign(encoder=t.vlm.map(of.of).fillna(t.encoder)), 'encoder_weights')
         lacks = set(t.vlm) - set(of.index)
         check(not lacks, f'the results speak of the VLM {", ".join(sorted(lacks)[:1])}, of which runs_{self.preset}.csv knows nothing')
         other = t[(t.saved != '') & (t.saved != t.vlm.map(of.weights))].vlm
@@ -300,6 +301,7 @@ def of_length(r:Results, length:str)->str: # one of `LENGTHS`; empty for the pre
     one_of('length', length, LENGTHS)
     setting, most = LENGTHS[length]
     own = getattr(vlm.settings(r.preset), setting)
+    check(own, f'{setting}=0 of the preset {r.preset} means all that there is, than which no VLM is said to have a {length}')
     n = most([own, *(int(m[1]) for v in set(r.answers.variant) if (m := re.fullmatch(rf'{setting}=(\d+)', v)))])
     check(n != own, f'there are no VLMs with a {length}: the study {setting.removesuffix("_samples")} has them')
     return f'{setting}={n}'

@@ -280,6 +280,19 @@ def test_an_objective_that_reads_captions_without_a_joint_space(monkeypatch, tmp
     assert not (e := load_encoder(str(tmp_path/'runs'/result['name']))).has_text and e.dim == 32
     with pytest.raises(SettingsError, match='eval_data is for objectives with images and captions in one space, and captioner has none'): check_inputs(settings('smoke', 'captioner', eval_data='x.tar'))
 
+class Joint(Captioner):
+    def embed_image(self, x, keys=None): return F.normalize(self.encoder(x), dim=1)
+    def embed_text(self, tokens): return F.normalize(self.text(tokens), dim=1)
+
+def test_a_joint_space_of_ones_own(monkeypatch, tmp_path):
+    "Has retrieval, and classifies by names"
+    monkeypatch.chdir(tmp_path)
+    shard(tmp_path/'held.tar', 0, 20)
+    monkeypatch.setitem(OWN, 'joint', Own(make=lambda run, encoder: Joint(encoder, TextTower(run.vocab, run.context, run.text_width, run.text_layers, run.dim)), views=one_view, joint=True))
+    result = pretrain(settings('smoke', 'joint', samples=32, probes=0, eval_data=str(tmp_path/'held.tar')))
+    e = load_encoder(str(tmp_path/'runs'/result['name']))
+    assert result['retrieval']['pairs'] == 20 and e.embed_text(['a dog', 'a cat']).shape == e.embed_image(torch.zeros(2, 3, 32, 32)).shape == (2, 32)
+
 @pytest.mark.parametrize('arch, said', [('beit_base_patch16_224', 'is a Beit, and must be one of'), ('vit_base_patch16_siglip_224', 'with a class token')])
 def test_other_architectures_are_refused(arch, said):
     with pytest.raises(SettingsError, match=said): settings('smoke', arch=arch, image_size=224)

@@ -640,6 +640,7 @@ def test_lists_of_conversations(tmp_path):
     made = {cached: trained(f'list-{cached}', cached=cached, **given) for cached in (True, False)}
     for folder, result in made.values():
         assert [s['unusable'] for s in result['stages']] == [{'missing picture': 1}]*2
+        assert [json.loads((folder/f'bad-stage{k}.jsonl').read_text())['reason'] for k in (1, 2)] == ['missing picture']*2
         assert [s['conversations'] for s in result['stages']] == [len(captions) - 1, len(rows) - 1] and result['stages'][0]['seen'] == (len(captions) - 1)//6*6
     (a, _), (b, _) = made.values()
     for x, y in zip(Metrics.read(a/'metrics.jsonl'), Metrics.read(b/'metrics.jsonl')): assert x['loss'] == pytest.approx(y['loss'], rel=1e-4)
