@@ -201,7 +201,8 @@ class Results:
         check(self.asked in sets or not self.asked and len(sets) == 1, f'runs of {self.preset} answered the questions {" and ".join(sets)}; asked={self.asked!r} must be one of these')
         t = t[t.questions == (self.asked or sets[0])]
         of = self.runs[self.runs.kind == 'vlm'].set_index('run')
-        t = self._with_encoders(t.assign(encoder=t.vlm.map(of.of).fillna(t.encoder)), 'encoder_weights')
+        known = t.encoder.str.removeprefix('random:').isin(self.encoders.index)  # others were given by a path
+        t = self._with_encoders(t.assign(encoder=t.encoder.where(known, t.vlm.map(of.of).fillna(t.encoder))), 'encoder_weights')
         lacks = set(t.vlm) - set(of.index)
         check(not lacks, f'the results speak of the VLM {", ".join(sorted(lacks)[:1])}, of which runs_{self.preset}.csv knows nothing')
         other = t[(t.saved != '') & (t.saved != t.vlm.map(of.weights))].vlm
