@@ -358,8 +358,8 @@ def to_open_clip(run:str, folder)->Path: # a finished run, by name or path; the 
     source, folder = folder_of(run), Path(folder).expanduser()
     check(source is not None and (source/'objective.safetensors').exists() and (source/'result.json').exists(), f'{run} is no finished pre-training run')
     check(not folder.exists(), f'{folder} is there already: name a folder that is to be made')
-    o = read_in(source, 'settings.json')['objective']
-    check(o in OBJECTIVES and is_joint(o) and o != 'clip-lm', f'{run} was trained by {o}: only runs of CLIP and SigLIP, or of CLIP and DINO together, have towers as open_clip has them')
+    objective = read_in(source, 'settings.json')['objective']
+    check(objective in OBJECTIVES and is_joint(objective) and objective != 'clip-lm', f'{run} was trained by {objective}: only runs of CLIP and SigLIP, or of CLIP and DINO together, have towers as open_clip has them')
     s = run_settings(source)
     usual = timm.create_model(s.arch, num_classes=0).patch_embed.img_size
     check(usual == (s.image_size,)*2, f'{run} sees {s.image_size} px, and open_clip makes {s.arch} for {usual[0]} px alone')
