@@ -114,6 +114,7 @@ class Grid(Settings):
     studies: str = 'main'  # of `STUDIES`, separated by commas
     objectives: str = 'clip,dino,siglip,clip-lm'  # of the main study
     seeds: int = 3  # how many
+    first_seed: int = 0  # and from which on
     kinds: str = ','.join(KINDS)  # of runs; what they need comes along
     given: str = ''  # settings of all runs of a kind, as in "pretrain.data=shards/*.tar vlm.lora=64"
     workers: int = 0  # runs at once; 0: one for each GPU; without GPUs, as many as there are cores and memory for
@@ -130,7 +131,7 @@ class Grid(Settings):
             check(listed(getattr(self, f)), f'{f} names none of {", ".join(allowed)}')
             for v in listed(getattr(self, f)): one_of(f, v, allowed)
             check(len(set(listed(getattr(self, f)))) == len(listed(getattr(self, f))), f'{f}={getattr(self, f)} names one twice')
-        for f, low in dict(seeds=1, workers=0, threads=0).items(): check(getattr(self, f) >= low, f'{f}={getattr(self, f)} must be at least {low}')
+        for f, low in dict(seeds=1, first_seed=0, workers=0, threads=0).items(): check(getattr(self, f) >= low, f'{f}={getattr(self, f)} must be at least {low}')
         check(self.slurm or not (self.submit or self.options or self.options_one), 'submit and options are for slurm=true')
         for f in 'given', 'options', 'options_one': words(f, getattr(self, f))
 
@@ -157,7 +158,7 @@ class Plan:
     def __init__(self, grid:Grid):
         self.grid, self.given, self.jobs = grid, given_to(grid), {}
         for name in listed(grid.studies):
-            for seed in range(grid.seeds): self.study(name, STUDIES[name], seed)
+            for seed in range(grid.first_seed, grid.first_seed + grid.seeds): self.study(name, STUDIES[name], seed)
 
     def add(self, kind:str, needs=(), tag:str='', **parameters)->str:
         "Plan a run, unless it is planned; its name"

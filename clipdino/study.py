@@ -9,11 +9,11 @@ __all__ = ['RESULTS', 'STAGES', 'GALLERY', 'PICTURES', 'MATCHINGS', 'LENGTHS', '
            'questions_of', 'patches_of', 'read_table', 'Results', 'Effect', 'effect', 'by_seed', 'curves', 'at_end',
            'like', 'matched', 'of_length', 'of_main', 'probed', 'mean_of', 'real_or', 'answered', 'differences',
            'of_vlms', 'on_average', 'in_training', 'Claim', 'claim', 'classification', 'fine_grained', 'semantics',
-           'appearance', 'moves', 'show_moves', 'symbols', 'text_questions', 'other_questions', 'vision_questions',
-           'sigmoid', 'text_encoder', 'language_models', 'general', 'is_better', 'language_model', 'two_sided',
-           'outcome', 'judge', 'judgements', 'sensitivity', 'show_claims', 'measured', 'ruled', 'p_value', 'found',
-           'told', 'verdicts', 'abstract', 'for_readme', 'refresh', 'runs_of', 'values_of', 'along', 'show_along',
-           'show_varied', 'kinds_of_tasks', 'show_kinds', 'show_pairs', 'show_patch_tokens']
+           'appearance', 'analysed', 'moves', 'show_moves', 'symbols', 'text_questions', 'other_questions',
+           'vision_questions', 'sigmoid', 'text_encoder', 'language_models', 'general', 'is_better', 'language_model',
+           'two_sided', 'outcome', 'judge', 'judgements', 'sensitivity', 'show_claims', 'measured', 'ruled', 'p_value',
+           'found', 'told', 'verdicts', 'abstract', 'for_readme', 'refresh', 'runs_of', 'values_of', 'along',
+           'show_along', 'show_varied', 'kinds_of_tasks', 'show_kinds', 'show_pairs', 'show_patch_tokens']
 
 # %% ../nbs/07_study.ipynb #30b1e560
 import math, re, sys
@@ -193,7 +193,7 @@ class Results:
     @cached_property
     def analysis(self)->pd.DataFrame: 
         t = self._with_encoders(self._read('analysis'), 'weights')
-        return t[t.what.str.startswith('shared') | ~t.duplicated(['encoder', 'variant', 'what', 'row', 'value'])]  # some are analysed beside several others, with which they make pairs
+        return t[t.what.str.startswith('shared') | ~t.duplicated(['encoder', 'variant', 'what', 'row', 'readout', 'value'])]  # some are analysed beside several others, with which they make pairs
     @cached_property
     def answers(self)->pd.DataFrame:
         t = self._read('vmcbench')
@@ -401,23 +401,28 @@ def fine_grained(r, a='clip', b='dino', how='linear', matching='samples')->Effec
     return probed(r, real_or(r, ('cars', 'cub'), 'within families'), a, b, how, matching)
 
 @claim('3o', 'CLIP follows objects and words', 'pairs, by inspection', 1)
-def semantics(r, a='clip', b='dino', matching='samples')->Effect:
+def semantics(r, a='clip', b='dino', matching='samples', readout='class token')->Effect:
     "How far an embedding moves when the object or the word of a scene changes, by the distance of unrelated scenes (the paper, section 3)"
-    return mean_of([moves(r, a, b, matching)[f] for f in ('object', 'word')], 'distances')
+    return mean_of([moves(r, a, b, matching, readout)[f] for f in ('object', 'word')], 'distances')
 
 @claim('3c', 'DINO follows colour and style', 'pairs, by inspection', -1)
-def appearance(r, a='clip', b='dino', matching='samples')->Effect:
+def appearance(r, a='clip', b='dino', matching='samples', readout='class token')->Effect:
     "The same when colour or style changes (the paper, section 3)"
-    return mean_of([moves(r, a, b, matching)[f] for f in ('colour', 'style')], 'distances')
+    return mean_of([moves(r, a, b, matching, readout)[f] for f in ('colour', 'style')], 'distances')
 
-def moves(r, a='clip', b='dino', matching='samples')->dict: # factor -> of `by_seed`
+def analysed(r, what, a='clip', b='dino', matching='samples', readout='class token')->pd.DataFrame: # of analysis.READOUTS
+    "Rows of analyses that a claim is made of"
+    one_of('readout', readout, analysis.READOUTS)
+    return of_main(r.analysis, matched(r, matching, a, b), what=what, readout=readout)
+
+def moves(r, a='clip', b='dino', matching='samples', readout='class token')->dict: # factor -> of `by_seed`
     "What claims 3 are made of"
-    t = of_main(r.analysis, matched(r, matching, a, b), what='sensitivity')
-    return {f: by_seed(t[t.row == f], a, b, f'sensitivity to {f}') for f in ('object', 'word', 'colour', 'style')}
+    t = analysed(r, 'sensitivity', a, b, matching, readout)
+    return {f: by_seed(t[t.row == f], a, b, f'sensitivity to {f}, {readout}') for f in ('object', 'word', 'colour', 'style')}
 
 def show_moves(r)->pd.DataFrame:
     "Sensitivities that claims 3 are made of, as means of seeds; and differences with their intervals, also from encoders that have learned nothing"
-    t = of_main(r.analysis, what='sensitivity').pivot_table(index='row', columns='objective', values='value')[['clip', 'dino', 'untrained']]
+    t = analysed(r, 'sensitivity').pivot_table(index='row', columns='objective', values='value')[['clip', 'dino', 'untrained']]
     def said(d): return '{:+.2f} [{:+.2f},\xa0{:+.2f}]'.format((e := mean_of([d], 'distances')).value, *e.interval())
     for name, how in {'CLIP minus DINO': {}, 'the same at equal accuracy': dict(matching='accuracy'), 'DINO minus untrained': dict(a='dino', b='untrained')}.items():
         try: t[name] = pd.Series({f: said(d) for f, d in moves(r, **how).items()})
@@ -425,9 +430,10 @@ def show_moves(r)->pd.DataFrame:
     return t.loc[list(moves(r))].rename_axis(index='factor', columns='').reset_index()
 
 @claim('4', 'Distinct symbols are less alike for CLIP', '0.713 and 0.877', -1)
-def symbols(r, a='clip', b='dino', matching='samples')->Effect:
+def symbols(r, a='clip', b='dino', matching='samples', readout='class token')->Effect:
     "Mean cosine similarity of distinct symbols (the paper, appendix B)"
-    return effect(*by_seed(of_main(r.analysis, matched(r, matching, a, b), what='similarity', row='symbol'), a, b, 'similarity of symbols'), 'cosine')
+    t = analysed(r, 'similarity', a, b, matching, readout)
+    return effect(*by_seed(t[t.row == 'symbol'], a, b, f'similarity of symbols, {readout}'), 'cosine')
 
 @claim('5', 'CLIP is better at questions about text', '47.5 and 40.0 %', 1, ('clip',))
 def text_questions(r, a='clip', b='dino', protocol='calibrated', aggregation='twenty', matching='samples', length='')->Effect:
@@ -519,7 +525,7 @@ def judge(r:Results, **how)->pd.DataFrame: # arguments of the claims but `a` and
 
 # %% ../nbs/07_study.ipynb #2aa0bb85
 WAYS = {'equal samples': {}, 'equal accuracy': dict(matching='accuracy'), 'longer stage 2': dict(length='longer stage 2')}  # how everything is reported
-OTHERWISE = WAYS | {'shorter stage 1': dict(length='shorter stage 1'), 'class token alone': dict(how='linear_cls'), '20 nearest neighbours': dict(how='knn'), 'probe in training': dict(training='samples'), 'the same at equal compute': dict(training='compute'), 'generated answers': dict(protocol='generate'),
+OTHERWISE = WAYS | {'shorter stage 1': dict(length='shorter stage 1'), 'class token alone': dict(how='linear_cls'), '20 nearest neighbours': dict(how='knn'), 'mean patch': dict(readout='mean patch'), 'standardised class token': dict(readout='standardised'), 'probe in training': dict(training='samples'), 'the same at equal compute': dict(training='compute'), 'generated answers': dict(protocol='generate'),
                     'unparsed is wrong': dict(protocol='strict'), 'likeliest letter': dict(protocol='likelihood'), 'mean over questions': dict(aggregation='questions')}
 
 def judgements(r:Results)->dict: # one of `WAYS`: of `judge`

@@ -84,6 +84,7 @@ def test_the_main_study():
     assert analysis.parameters == dict(preset='mini', encoders=','.join([*encoders, random])) and set(analysis.needs) == set(encoders)
     assert made['vlm-random-clip-mini-s0'].parameters == dict(preset='mini', encoder=random, seed=0) and made['vlm-random-clip-mini-s0'].needs == ('clip-mini-s0', 'lm-mini')
     assert made['score-vlm-dino-mini-s1-blind'].run.blind and made['vlm-dino-mini-s1'].run.seed == 1
+    assert {**of('main', seeds=1), **of('main', seeds=1, first_seed=1)} == made
     assert len(made) == 2*(4 + 5 + 1 + 5 + 7) + 1
 
 def test_the_other_studies():
@@ -126,7 +127,7 @@ def test_given_settings_go_to_objectives_that_have_them():
     made = of('main', seeds=1, objectives='clip,dino', kinds='pretrain', given='pretrain.momentum=.9 pretrain.vocab=2048 pretrain.lr=1e-4')
     assert {o: {k: v for k, v in made[f'{o}-mini-s0'].parameters.items() if k not in ('preset', 'objective', 'seed')} for o in ('clip', 'dino')} == dict(clip=dict(vocab=2048, lr=1e-4), dino=dict(momentum=.9, lr=1e-4))
 
-@pytest.mark.parametrize('wrong', [dict(studies='main,all'), dict(objectives='mae'), dict(kinds=''), dict(seeds=0), dict(workers=-1), dict(preset='huge'), dict(sedes=1), dict(objectives='clip,clip'), dict(submit=True), dict(options='--x'), dict(given='a="b'), dict(slurm=True, options='--a="b')])
+@pytest.mark.parametrize('wrong', [dict(studies='main,all'), dict(objectives='mae'), dict(kinds=''), dict(seeds=0), dict(first_seed=-1), dict(workers=-1), dict(preset='huge'), dict(sedes=1), dict(objectives='clip,clip'), dict(submit=True), dict(options='--x'), dict(given='a="b'), dict(slurm=True, options='--a="b')])
 def test_wrong_grids_are_refused(wrong):
     with pytest.raises(SettingsError): settings(**wrong)
 

@@ -279,7 +279,7 @@ def test_one_class_is_refused(tmp_path):
 def test_an_analysis_of_the_world():
     run = analysis.settings('smoke', encoders=f'{ENCODER},random:clipdino_vit_mini', name='a')
     r = analysis.analyse(run)
-    assert len(r['sensitivity']) == 2*len(analysis.CHANGED) and len(r['symbols']) == 6 and len(r['conflicts']) == 2 and len(r['structure']['rows']) == 2
+    assert len(r['sensitivity']) == 6*len(analysis.CHANGED) and len(r['symbols']) == 18 and len(r['conflicts']) == 2 and len(r['structure']['rows']) == 2
     for s in 'first', 'second':
         assert {'object', 'style', 'colour'} <= {q['factor'] for q in r['disagreement'][s]['shared']} and Path(f'runs/a/pairs-{s}-ranks.csv').exists()
     assert np.array(r['structure']['cka'][0]['layers']).shape == (2, 3)

@@ -46,7 +46,7 @@ def write(folder, values={}, answers={}, spread=.003, drop=(), more=()):
                     probe += [dict(run=f'probe-{o}-{s}-{variant}', encoder=e, weights=w, commit='c', task=task, how=how, value=v, low=v - .002, high=v + .002, chance=.01, pictures=4096) for how in ('linear', 'knn')]
                 for what, row, usual in ('sensitivity', 'object', 1.), ('sensitivity', 'word', .5), ('sensitivity', 'colour', .5), ('sensitivity', 'style', .5), ('similarity', 'symbol', .8):
                     v = values.get((key, row), usual) + noise()
-                    analysis.append(dict(run=f'analysis-{o}-{s}-{variant}', encoder=e, weights=w, what=what, row=row, value=v, low=v - .01, high=v + .01, commit='c'))
+                    analysis.append(dict(run=f'analysis-{o}-{s}-{variant}', encoder=e, weights=w, what=what, row=row, readout='class token', value=v, low=v - .01, high=v + .01, commit='c'))
             share = answers.get((o, variant), answers.get(key, answers.get(o, lambda c: .3 if o == 'untrained' else .6)))
             told.append(dict(run=f'vmcbench-{o}-{s}-{variant}', vlm=f'vlm-{o}-{s}-{variant}', encoder=e, encoder_weights=w, saved=w, llm='world', preset='mini', seed=s, blind=False, weights='', questions=QUESTIONS.name, fingerprint=QUESTIONS.fingerprint,
                              **dict.fromkeys(('letter', 'likely', 'calibrated'), letters(share, (s, k)))))
