@@ -10,16 +10,17 @@ __all__ = ['OBJECTIVES', 'DISTILS', 'SMOKE', 'MINI', 'SMALL', 'PAPER', 'VIEW_SET
            'param_groups', 'schedule', 'features', 'world_tasks', 'labelled_task', 'Probe', 'state_tensors',
            'tensors_digest', 'save_state', 'load_state', 'clip_gradients', 'NonFinite', 'kind_of', 'check_kind',
            'check_noted', 'check_settings', 'make_probe', 'precision_of', 'accelerator', 'on_main', 'agree', 'Parts',
-           'Trainer', 'last_scores', 'Watch', 'fit', 'cost', 'Blank', 'seconds_per_image', 'costs', 'show_costs',
-           'ahead', 'export_encoder', 'open_encoder', 'ranks', 'retrieval', 'final_scores', 'finish', 'complete',
-           'looked_up', 'only_one', 'train', 'pretrain', 'arguments', 'spawn', 'program', 'main', 'collect', 'recipe',
-           'show_samples', 'show_views', 'show_curves', 'show_learning']
+           'Trainer', 'last_scores', 'Watch', 'fit', 'cost', 'samples_at_cost_of', 'Blank', 'seconds_per_image',
+           'costs', 'show_costs', 'ahead', 'export_encoder', 'open_encoder', 'ranks', 'retrieval', 'final_scores',
+           'finish', 'complete', 'looked_up', 'only_one', 'train', 'pretrain', 'arguments', 'spawn', 'program', 'main',
+           'collect', 'recipe', 'show_samples', 'show_views', 'show_curves', 'show_learning']
 
 # %% ../nbs/02_pretrain.ipynb #568ea07d
 import argparse, hashlib, inspect, json, math, os, re, shutil, subprocess, sys, tempfile, textwrap, time
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -641,6 +642,12 @@ def cost(run:Pretrain)->dict:
     o.set_progress(1.)
     with FlopCounterMode(display=False) as flop: step(4).backward()
     return dict(gflop=flop.get_total_flops()/4e9, state_gb=sum(p.nbytes*(4 if p.requires_grad else 1) for p in o.parameters())/1e9, activations_mb=(kept(12) - kept(4))/8e6)
+
+@cache
+def samples_at_cost_of(run:Pretrain, other:str='clip')->int:
+    "After how many samples, in full batches, a run has cost as much as a whole one of another objective, as the preset has both"
+    ours, theirs = (cost(settings(run.preset, o))['gflop'] for o in (run.objective, other))
+    return int(run.samples*min(theirs/ours, 1))//run.batch*run.batch
 
 class Blank:
     "A source of noise, for timing; every batch is the same"

@@ -8,12 +8,12 @@ __all__ = ['RESULTS', 'STAGES', 'GALLERY', 'PICTURES', 'MATCHINGS', 'LENGTHS', '
            'deciding', 'identity', 'beside', 'variant_key', 'finished', 'tables_dir', 'collect', 'of_runs', 'pairs_of',
            'questions_of', 'patches_of', 'read_table', 'Results', 'Effect', 'effect', 'by_seed', 'curves', 'at_end',
            'like', 'matched', 'of_length', 'of_main', 'probed', 'mean_of', 'real_or', 'answered', 'differences',
-           'of_vlms', 'on_average', 'in_training', 'Claim', 'claim', 'classification', 'fine_grained', 'semantics',
-           'appearance', 'analysed', 'moves', 'show_moves', 'symbols', 'text_questions', 'other_questions',
-           'vision_questions', 'sigmoid', 'text_encoder', 'language_models', 'general', 'is_better', 'language_model',
-           'two_sided', 'outcome', 'judge', 'judgements', 'sensitivity', 'show_claims', 'measured', 'ruled', 'p_value',
-           'found', 'told', 'verdicts', 'abstract', 'for_readme', 'refresh', 'runs_of', 'values_of', 'along',
-           'show_along', 'show_varied', 'kinds_of_tasks', 'show_kinds', 'show_pairs', 'show_patch_tokens']
+           'of_vlms', 'on_average', 'Claim', 'claim', 'classification', 'fine_grained', 'semantics', 'appearance',
+           'analysed', 'moves', 'show_moves', 'symbols', 'text_questions', 'other_questions', 'vision_questions',
+           'sigmoid', 'text_encoder', 'language_models', 'general', 'is_better', 'language_model', 'two_sided',
+           'outcome', 'judge', 'judgements', 'sensitivity', 'show_claims', 'measured', 'ruled', 'p_value', 'found',
+           'told', 'verdicts', 'abstract', 'for_readme', 'refresh', 'runs_of', 'values_of', 'along', 'show_along',
+           'show_varied', 'kinds_of_tasks', 'show_kinds', 'show_pairs', 'show_patch_tokens']
 
 # %% ../nbs/07_study.ipynb #30b1e560
 import math, re, sys
@@ -270,7 +270,7 @@ def by_seed(t:pd.DataFrame, a:str, b:str, what:str)->tuple: # rows with objectiv
     return (ours.value - theirs.value).to_numpy(), math.hypot(*np.nan_to_num(se))
 
 # %% ../nbs/07_study.ipynb #7204187b
-MATCHINGS = 'samples', 'accuracy'
+MATCHINGS = 'samples', 'accuracy', 'compute'
 
 def curves(r:Results, variants=None)->pd.DataFrame: # variants: None for all
     "Held-out linear probes of classes during pre-training, the world's objects or those of a labelled set, in per cent"
@@ -292,7 +292,9 @@ def like(r:Results, a:str, b:str)->str: # objectives -> variant
 def matched(r:Results, matching:str, a:str, b:str)->dict: # objectives -> {objective: variant}; those left out are as the preset has them
     "Which variants are compared"
     one_of('matching', matching, MATCHINGS)
-    return {'clip': like(r, 'clip', 'dino')} if matching == 'accuracy' and 'clip' in (a, b) else {}
+    if matching == 'accuracy': return {'clip': like(r, 'clip', 'dino')} if 'clip' in (a, b) else {}
+    runs = {o: pretrain.settings(r.preset, o) for o in (a, b) if o not in ('clip', 'untrained')} if matching == 'compute' else {}
+    return {o: f'samples={n}' for o, run in runs.items() if (n := pretrain.samples_at_cost_of(run)) < run.samples}
 
 LENGTHS = {'shorter stage 1': ('stage1_samples', min), 'longer stage 2': ('stage2_samples', max)}  # of VLMs' training, other than the preset's: setting, which of its values
 
@@ -308,9 +310,13 @@ def of_length(r:Results, length:str)->str: # one of `LENGTHS`; empty for the pre
     return f'{setting}={n}'
 
 def of_main(t:pd.DataFrame, variants:dict={}, **where)->pd.DataFrame: # {objective: variant}
-    "Rows of runs as the preset has them, or of an objective's variant"
+    "Rows of runs as the preset has them, or of an objective's variant and of the seeds that it has"
     for k, v in where.items(): t = t[t[k] == v]
-    return t[t.variant == t.objective.map(lambda o: variants.get(o, ''))]
+    t = t[t.variant == t.objective.map(lambda o: variants.get(o, ''))]
+    for o, v in variants.items():
+        check(not v or (t.objective == o).any(), f'there is no run of {o} with {v}')
+        if v: t = t[t.seed.isin(t.seed[t.objective == o])]
+    return t
 
 def probed(r:Results, tasks, a:str, b:str, how:str='linear', matching:str='samples', variants:dict={}, seeds=None)->Effect: # a name or several; of `matched`; None for all seeds
     "Difference of two objectives in a probe's accuracy, on average over the tasks"
@@ -353,16 +359,6 @@ def on_average(r:Results, members, values, aggregation:str)->Effect: # (s, n) nu
     def overall(v, **k): return aggregate(v, categories, **k)[aggregation]['overall']
     return effect([100*overall(v, draws=1)['value'] for v in values], 100*np.ptp(overall(values.mean(0))['interval'])/2/norm.ppf(.975))  # the questions' part, by bootstrap of their mean over seeds
 
-def in_training(r:Results, a:str, b:str, at:str)->Effect: # samples or compute
-    "Difference in the held-out linear probe during pre-training, at its end; or, at equal compute, with the dearer objective where it has cost as much as the other at its end. Its learning rate is not yet low there, which is a disadvantage"
-    one_of('training', at, ('samples', 'compute'))
-    flops = {o: pretrain.cost(pretrain.settings(r.preset, o))['gflop'] for o in (a, b)}
-    t, rows = curves(r, ['']), []
-    for (o, seed), c in t[t.objective.isin((a, b))].sort_values('samples').groupby(['objective', 'seed']):
-        stop = c.samples.max()*(min(flops.values())/flops[o] if at == 'compute' else 1)  # the dearer one stops early: what it costs then, the cheaper costs at its end
-        rows.append(dict(objective=o, seed=seed, value=np.interp(stop, c.samples, c.value), low=math.nan, high=math.nan))
-    return effect(*by_seed(pd.DataFrame(rows, columns=['objective', 'seed', 'value', 'low', 'high']), a, b, 'curves of object'))
-
 # %% ../nbs/07_study.ipynb #703daca5
 @dataclass(frozen=True)
 class Claim:
@@ -391,9 +387,9 @@ def claim(id:str, says:str, paper:str, sign:int, learned:tuple=(), presumes=None
     return keep
 
 @claim('1', 'CLIP and DINO classify equally well', '65.8 and 66.4 % of ImageNet', 0, ('clip', 'dino'))
-def classification(r, a='clip', b='dino', how='linear', matching='samples', training='')->Effect: # of `in_training`; empty for finished encoders
+def classification(r, a='clip', b='dino', how='linear', matching='samples')->Effect:
     "Linear probe of ImageNet, or of object classes (the paper, Table 1)"
-    return in_training(r, a, b, training) if training and 'untrained' not in (a, b) else probed(r, real_or(r, ('imagenet',), 'object'), a, b, how, matching)
+    return probed(r, real_or(r, ('imagenet',), 'object'), a, b, how, matching)
 
 @claim('2', 'CLIP is better within families of classes', '+20.6 points on Cars, +9.3 on CUB', 1, ('clip',))
 def fine_grained(r, a='clip', b='dino', how='linear', matching='samples')->Effect:
@@ -525,7 +521,7 @@ def judge(r:Results, **how)->pd.DataFrame: # arguments of the claims but `a` and
 
 # %% ../nbs/07_study.ipynb #2aa0bb85
 WAYS = {'equal samples': {}, 'equal accuracy': dict(matching='accuracy'), 'longer stage 2': dict(length='longer stage 2')}  # how everything is reported
-OTHERWISE = WAYS | {'shorter stage 1': dict(length='shorter stage 1'), 'class token alone': dict(how='linear_cls'), '20 nearest neighbours': dict(how='knn'), 'mean patch': dict(readout='mean patch'), 'standardised class token': dict(readout='standardised'), 'probe in training': dict(training='samples'), 'the same at equal compute': dict(training='compute'), 'generated answers': dict(protocol='generate'),
+OTHERWISE = WAYS | {'equal compute': dict(matching='compute'), 'shorter stage 1': dict(length='shorter stage 1'), 'class token alone': dict(how='linear_cls'), '20 nearest neighbours': dict(how='knn'), 'mean patch': dict(readout='mean patch'), 'standardised class token': dict(readout='standardised'), 'generated answers': dict(protocol='generate'),
                     'unparsed is wrong': dict(protocol='strict'), 'likeliest letter': dict(protocol='likelihood'), 'mean over questions': dict(aggregation='questions')}
 
 def judgements(r:Results)->dict: # one of `WAYS`: of `judge`

@@ -13,7 +13,7 @@ from papermill.cli import _resolve_type
 from clipdino import grid as g
 from clipdino.core import SettingsError, run_dir, write_json
 from clipdino.grid import CONNECTORS, KINDS, POLICIES, RUNS, STUDIES, Engine, Job, collect, cost, expected, jobs, main, run_grid, settings, slots, speeds, states, submit
-from clipdino.pretrain import check_settings
+from clipdino.pretrain import check_settings, samples_at_cost_of
 
 top = Path(__file__).parent.parent
 process = get_context('fork').Process  # an engine of its own, at once
@@ -102,6 +102,9 @@ def test_the_other_studies():
     assert set(llm) == {'clip-mini-s0', 'dino-mini-s0', 'lm-mini-wide', *(f'{s}vlm-{o}-mini-s0-world-wide' for o in ('clip', 'dino') for s in ('', 'score-'))}
     assert llm['lm-mini-wide'].run.width == 2*g.lm_settings('mini').width
     assert {(j.run.llm, j.run.template) for j in of('llm', preset='paper', given='pretrain.data=a.tar vlm.stage1_data=a.json vlm.stage2_data=b.json').values() if j.kind == 'vlm'} == {('Qwen/Qwen2-7B-Instruct', '')} and g.vlm_settings('paper').template == 'vicuna'
+    shorter, = (j.run for j in of('compute', seeds=1).values() if j.kind == 'pretrain' and j.run.objective == 'dino')
+    assert shorter.samples == samples_at_cost_of(g.pretrain_settings('mini', 'dino')) < g.pretrain_settings('mini', 'dino').samples
+    assert of('compute', seeds=1)['analysis-compute-mini-s0'].run.names == ['clip-mini-s0', shorter.folder_name]
     assert [j.run.objective for j in hybrid.values() if j.kind == 'pretrain'] == ['hybrid', 'clip', 'dino'] and [j.name for j in hybrid.values() if j.kind == 'vlm'] == ['vlm-hybrid-mini-s0']
     assert hybrid['analysis-hybrid-mini-s0'].run.names == ['clip-mini-s0', 'hybrid-mini-s0', 'dino-mini-s0']
     both = of('main,captions', seeds=1)

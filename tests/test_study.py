@@ -12,7 +12,7 @@ from clipdino.analysis import patch_colours
 from clipdino.core import SettingsError, digest
 from clipdino.encoders import load_encoder
 from clipdino.questions import GROUPS, LETTERS, VISION
-from clipdino.study import CLAIMS, RESULTS, WAYS, Effect, Results, abstract, along, collect, deciding, effect, in_training, judge, judgements, kinds_of_tasks, like, matched, measured, moves, of_length, outcome, read_table, sensitivity, show_moves, told, two_sided, verdicts
+from clipdino.study import CLAIMS, RESULTS, WAYS, Effect, Results, abstract, along, collect, deciding, effect, judge, judgements, kinds_of_tasks, like, matched, measured, moves, of_length, outcome, read_table, sensitivity, show_moves, told, two_sided, verdicts
 from clipdino.world import render, scene
 from clipdino.worldvqa import WorldVQA
 
@@ -38,7 +38,7 @@ def write(folder, values={}, answers={}, spread=.003, drop=(), more=()):
             if o != 'untrained' and (own or not variant): ran(e, 'pretrain', s, o, variant, of='', weights=w)
             ran(f'vlm-{o}-{s}-{variant}', 'vlm', s, variant='' if own else variant, of=e, weights=w)
             for kind in ('probe', 'analysis')*(own or not variant) + ('vmcbench',): ran(f'{kind}-{o}-{s}-{variant}', kind, s, of=e, weights='')
-            if (o, s) in drop: continue
+            if {(o, s), (variant, s)} & {*drop}: continue
             if own or not variant:
                 if o != 'untrained': curves += [dict(run=e, objective=o, preset='mini', seed=s, settings='', data='d', commit='c', device='cpu', samples=n, split='val', task='object', readout='linear', accuracy=f*values.get((key, 'object'), .8)) for n, f in ((98304, .9), (196608, 1))]
                 for task, usual in ('object', .8), ('within families', .6), ('word', .5), ('colour', .5), ('style', .5):
@@ -103,12 +103,26 @@ def test_matched_by_accuracy(tmp_path):
     with pytest.raises(SettingsError, match=r"judge is about the objectives that the claims name; for others call a claim's function"): judge(r, a='siglip')
 
 def test_at_equal_compute_the_dearer_objective_stops_early(tmp_path):
-    r = Results('mini', write(tmp_path, {('dino', 'object'): .8}))
-    e, end = (judge(r, training=at).set_index('claim').loc['1'] for at in ('compute', 'samples'))
-    with pytest.raises(SettingsError, match='training'): in_training(r, 'clip', 'dino', 'time')
     flops = {o: pretrain.cost(pretrain.settings('mini', o))['gflop'] for o in ('clip', 'dino')}
-    at = 196608*flops['clip']/flops['dino']
-    assert flops['dino'] > flops['clip'] and e.effect == pytest.approx(80 - np.interp(at, [98304, 196608], [72, 80])) and e.verdict == 'reversed' and end.effect == pytest.approx(0)
+    n = pretrain.samples_at_cost_of(run := pretrain.settings('mini', 'dino'))
+    assert flops['clip']*run.samples - flops['dino']*run.batch < flops['dino']*n <= flops['clip']*run.samples and n % run.batch == 0
+    assert pretrain.samples_at_cost_of(pretrain.settings('mini', 'siglip')) == run.samples
+    r = Results('mini', write(tmp_path, {('dino', 'object'): .8, (v := f'samples={n}', 'object'): .7, (v, 'symbol'): .9}, more=[('dino', v)], drop=[(v, 2)]))
+    t = judge(r, matching='compute').set_index('claim')
+    assert matched(r, 'compute', 'siglip', 'dino') == {'dino': v} and t.effect['1'] == pytest.approx(10, abs=.6) and t.effect['4'] == pytest.approx(-.1, abs=.01)
+    assert set(t.seeds[['1', '2', '3o', '3c', '4']]) == {2}, 'of the seeds that were made for it'
+    t = judge(Results('mini', write(tmp_path)), matching='compute').set_index('claim')
+    assert set(t.verdict) == {'incomplete'} and t.why['1'] == f'there is no run of dino with {v}'
+
+def test_other_readouts_are_judged_where_they_were_taken(tmp_path):
+    r = Results('mini', write(tmp_path, {('dino', 'symbol'): .9}))
+    assert set(judge(r, readout='mean patch').verdict) == {'incomplete'} and judge(r, readout='class token').set_index('claim').verdict['4'] == 'replicated'
+    path = tmp_path/'analysis_mini.csv'
+    t = pd.read_csv(path)
+    pd.concat([t, t.assign(readout='mean patch', value=1 - t.value)]).to_csv(path, index=False)
+    r = Results('mini', tmp_path)
+    assert {k: judge(r, readout=k).set_index('claim').effect['4'] for k in ('class token', 'mean patch')} == {'class token': pytest.approx(-.1, abs=.01), 'mean patch': pytest.approx(.1, abs=.01)}
+    with pytest.raises(SettingsError, match="readout='cls' is not one of class token, mean patch, standardised"): CLAIMS['4'].f(r, readout='cls')
 
 def test_the_gap_along_a_setting(tmp_path):
     "With few images CLIP's lead is gone; captions are nothing to DINO, whose main runs are compared"
