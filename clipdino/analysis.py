@@ -58,7 +58,8 @@ class AnalysisRun(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        for f, low in dict(canvas=16, pictures=8, scenes=8, train=64, pairs=1, batch=1).items(): check(getattr(self, f) >= low, f'{f}={getattr(self, f)} must be at least {low}')
+        for f, low in dict(canvas=16, pictures=8, scenes=8, train=64, pairs=1, batch=1).items():
+            check(getattr(self, f) >= low, f'{f}={getattr(self, f)} must be at least {low}')
         one_of('thresholds', self.thresholds, THRESHOLDS)
         check(self.layer != 0, 'layer=0 is none: blocks count from 1, or from -1 backwards')
         check(len(self.names) > 1, f'encoders={self.encoders!r} must name at least two, separated by commas')
@@ -69,7 +70,9 @@ class AnalysisRun(Settings):
     @property
     def folder_name(self)->str: return self.name or '-'.join(['analysis', *map(slug, self.names)])
 
-SIZES = dict(smoke=dict(canvas=32, pictures=64, scenes=12, train=96, pairs=50), mini={}, small=dict(canvas=144, pictures=32768, scenes=2048, train=16384), paper=dict(canvas=224, pictures=100_000, scenes=2048, train=16384))
+SIZES = dict(smoke=dict(canvas=32, pictures=64, scenes=12, train=96, pairs=50), mini={},
+             small=dict(canvas=144, pictures=32768, scenes=2048, train=16384),
+             paper=dict(canvas=224, pictures=100_000, scenes=2048, train=16384))
 
 def settings(preset:str='mini', **given)->AnalysisRun:
     "The settings of a run"
@@ -83,9 +86,11 @@ def tokens_of(encoder:Encoder, images, layer:int=-1, batch:int=256)->tuple: # ui
     check(all(bool(x.isfinite().all()) for x in out), f'features of {encoder.name} are not finite')
     return out
 
-def class_tokens(encoder:Encoder, images, layer:int=-1, batch:int=256)->torch.Tensor: return tokens_of(encoder, images, layer, batch)[0]  # (n, D)
+def class_tokens(encoder:Encoder, images, layer:int=-1, batch:int=256)->torch.Tensor: # (n, D)
+    return tokens_of(encoder, images, layer, batch)[0]
 
-def embed(encoder:Encoder, images, layer:int=-1, batch:int=256)->torch.Tensor: return F.normalize(class_tokens(encoder, images, layer, batch), dim=1)  # (n, D) unit length
+def embed(encoder:Encoder, images, layer:int=-1, batch:int=256)->torch.Tensor: # (n, D) unit length
+    return F.normalize(class_tokens(encoder, images, layer, batch), dim=1)
 
 def ratio(top, bottom, draws:int=2000, seed:int=0)->tuple: # (n,), (n,) -> value, [low, high]
     "sum(top) / sum(bottom) over n independent units, with a bootstrap interval"
@@ -107,7 +112,8 @@ def embedder(encoder:Encoder, run:AnalysisRun): # -> function of uint8 (n, S, S,
     return read
 
 # %% ../nbs/04_analysis.ipynb #cdc6949e
-CHANGED = dict(object='object', word='word', count='several', position='placed', scale='placed', rotation='object', colour='object', background='object', texture='object', style='object')  # factor -> kind of scene
+CHANGED = dict(object='object', word='word', count='several', position='placed', scale='placed', rotation='object', colour='object',
+               background='object', texture='object', style='object')  # factor -> kind of scene
 
 def change(factor:str, n:int, canvas:int, seed:int=0)->tuple: # -> (n, S, S, 3) uint8 before, and after
     "Pictures of test scenes, and the same with one factor changed"
@@ -151,7 +157,8 @@ SYMBOLS = dict(  # what differs -> pictures of a symbol, one for each value
 def mean_similarity(z:torch.Tensor, draws:int=2000)->tuple: # (n, D) unit length -> mean over distinct pairs, [low, high]
     "With a bootstrap interval over the n items"
     s, n = (z @ z.T).double().numpy(), len(z)
-    def score(w): return ((w @ s*w).sum(1) - (w*w) @ np.diag(s))/(w.sum(1)**2 - (w*w).sum(1))  # (R, n) weights; an item drawn twice is no pair
+    def score(w): # (R, n) weights; an item drawn twice is no pair
+        return ((w @ s*w).sum(1) - (w*w) @ np.diag(s))/(w.sum(1)**2 - (w*w).sum(1))
     w = np.random.default_rng(0).multinomial(n, np.full(n, 1/n), draws).astype(np.float64)
     return float(score(np.ones((1, n)))[0]), np.quantile(score(w), [.025, .975]).tolist()
 
@@ -174,7 +181,8 @@ def symbols(encoders:list, run:AnalysisRun)->list: # -> rows: encoder, readout, 
 
 def show_symbols(n:int=5, size:int=96):
     "Some symbols, and one of them in all colours and styles"
-    rows = [('symbols', [symbol(m, size) for m in NAMES[::len(NAMES)//8][:8]]), ('colours', SYMBOLS['colour'](NAMES[n], size)), ('styles', SYMBOLS['style'](NAMES[n], size))]
+    rows = [('symbols', [symbol(m, size) for m in NAMES[::len(NAMES)//8][:8]]), ('colours', SYMBOLS['colour'](NAMES[n], size)),
+            ('styles', SYMBOLS['style'](NAMES[n], size))]
     fig, axes = plt.subplots(3, 8, figsize=(7, 2.8))
     for line, (label, pictures) in zip(axes, rows):
         for ax in line: ax.set(xticks=[], yticks=[]); ax.set_axis_off()
@@ -225,7 +233,8 @@ def alignment(encoder:Encoder, images, run:AnalysisRun)->float: # uint8 (n, S, S
 
 def all_layers(encoder:Encoder, images, batch:int)->list: # -> depth tensors (n, D)
     "Class tokens after every block"
-    parts = [[cls.float().cpu() for cls, _ in encoder.tokens(encoder.prepare(images[a:a + batch]), range(1, encoder.depth + 1))] for a in range(0, len(images), batch)]
+    parts = [[cls.float().cpu() for cls, _ in encoder.tokens(encoder.prepare(images[a:a + batch]), range(1, encoder.depth + 1))]
+             for a in range(0, len(images), batch)]
     return [torch.cat(p) for p in zip(*parts)]
 
 def structure(encoders:list, images, labels, run:AnalysisRun)->dict: # uint8 (n, S, S, 3), (n,) or None
@@ -234,9 +243,11 @@ def structure(encoders:list, images, labels, run:AnalysisRun)->dict: # uint8 (n,
     rows = []
     for e in encoders:
         x = embed(e, images, run.layer, run.batch)
-        rows.append(dict(encoder=e.name, alignment=alignment(e, images, run), uniformity=uniformity(x), **dimensions(x), **({} if labels is None else class_gap(x, labels))))
+        rows.append(dict(encoder=e.name, alignment=alignment(e, images, run), uniformity=uniformity(x), **dimensions(x),
+                         **({} if labels is None else class_gap(x, labels))))
     pairs = [(a.name, b.name) for a, b in combinations(encoders, 2)]
-    return dict(pictures=len(images), rows=rows, cka=[dict(first=a, second=b, layers=[[cka(x, y) for y in layers[b]] for x in layers[a]]) for a, b in pairs])
+    return dict(pictures=len(images), rows=rows, cka=[dict(first=a, second=b, layers=[[cka(x, y) for y in layers[b]] for x in layers[a]])
+                                                      for a, b in pairs])
 
 # %% ../nbs/04_analysis.ipynb #f3833a09
 def conflict(i:int, canvas:int, seed:int=0)->tuple: # -> (canvas, canvas, 3) uint8, class of the silhouette, class of the filling
@@ -247,7 +258,8 @@ def conflict(i:int, canvas:int, seed:int=0)->tuple: # -> (canvas, canvas, 3) uin
     light = sum(c*v for c, v in zip((.299, .587, .114), tone))/255
     filling = Image.new('RGB', (canvas, canvas), tone)
     small, step = shade(HUES[COLOURS[s.colour]], light - .45 if light > .5 else light + .45), .24
-    for x, y in product(np.arange(step/2, 1 + step, step), repeat=2): filling.paste(small, (0, 0), place(ink(chr(OBJECTS[NAMES[other]])), canvas, x, y, .2))
+    for x, y in product(np.arange(step/2, 1 + step, step), repeat=2):
+        filling.paste(small, (0, 0), place(ink(chr(OBJECTS[NAMES[other]])), canvas, x, y, .2))
     im.paste(filling, (0, 0), object_mask(NAMES[s.object], canvas, .5, .5, .92, angle_of(s)))
     return np.asarray(im), s.object, other
 
@@ -261,8 +273,10 @@ def conflicts(encoders:list, run:AnalysisRun)->list: # -> rows: encoder, share o
         probe = linear_probe(x, train.world.labels['object'], len(NAMES), device=device_of(run.device))
         said = probe(class_tokens(e, pictures, run.layer, run.batch)[:, None]).argmax(1).numpy()
         by_shape, by_filling = int((said == shape).sum()), int((said == filling).sum())
-        rows.append(dict(encoder=e.name, ordinary=float((probe(x_plain).argmax(1).numpy() == plain.world.labels['object']).mean()), shape=by_shape/len(said), filling=by_filling/len(said),
-                         shape_bias=by_shape/max(by_shape + by_filling, 1), interval=wilson(by_shape, max(by_shape + by_filling, 1)), pictures=len(said)))
+        rows.append(dict(encoder=e.name, ordinary=float((probe(x_plain).argmax(1).numpy() == plain.world.labels['object']).mean()),
+                         shape=by_shape/len(said), filling=by_filling/len(said),
+                         shape_bias=by_shape/max(by_shape + by_filling, 1), interval=wilson(by_shape, max(by_shape + by_filling, 1)),
+                         pictures=len(said)))
     return rows
 
 def show_conflicts(n:int=8, canvas:int=96):
@@ -282,7 +296,8 @@ class ShardPictures:
     def __len__(self): return len(self.shards)
     def batch(self, ids, size): # -> (B, size, size, 3) uint8, centre squares
         images, hw, _, _ = self.shards.batch(np.asarray(ids))
-        return np.stack([np.asarray(Image.fromarray(im[:h, :w]).resize((size, size), Image.Resampling.BICUBIC, middle(w, h, size))) for im, (h, w) in zip(images, hw)])
+        return np.stack([np.asarray(Image.fromarray(im[:h, :w]).resize((size, size), Image.Resampling.BICUBIC, middle(w, h, size)))
+                         for im, (h, w) in zip(images, hw)])
 
 class First:
     "The first `n` pictures of a set"
@@ -313,7 +328,8 @@ def disagreement(encoders:list, source, labels:dict, run:AnalysisRun, folder:Pat
         (tables, count), found = by_value[side], distinct(by_rank[side])
         for way, t in ('ranks', by_rank[side]), (run.thresholds, tables):
             with whole(folder/f'pairs-{side}-{way}.csv') as tmp: t.round(6).to_csv(tmp, index=False)
-        out[side] = dict(alike_for=e.name, distinct=len(found), shared=shared(found, labels).round(5).to_dict('records'), passing=count, shared_passing=shared(distinct(tables), labels).round(5).to_dict('records'))
+        out[side] = dict(alike_for=e.name, distinct=len(found), shared=shared(found, labels).round(5).to_dict('records'), passing=count,
+                         shared_passing=shared(distinct(tables), labels).round(5).to_dict('records'))
     return dict(out, pictures=pairs.n, pairs=len(pairs), kept=run.pairs, thresholds=run.thresholds, limits=THRESHOLDS[run.thresholds])
 
 # %% ../nbs/04_analysis.ipynb #0786f8be
@@ -331,7 +347,8 @@ def analyse_in(folder:Path, encoders:list, run:AnalysisRun)->dict:
     source, labels = open_pictures(run)
     check(len(source) >= 8, f'{run.data} has {len(source)} test pictures; it takes at least 8')
     fingerprints = [e.fingerprint for e in encoders]
-    check_settings(folder, run, digest(fingerprints if run.data == 'world' else [*fingerprints, source.fingerprint]), anew=not (folder/'result.json').exists())
+    check_settings(folder, run, digest(fingerprints if run.data == 'world' else [*fingerprints, source.fingerprint]),
+                   anew=not (folder/'result.json').exists())
     if (folder/'result.json').exists(): return looked_up(folder)
     some = np.arange(min(STRUCTURE, len(source)))
     images = source.batch(some, max(e.size for e in encoders))
@@ -340,9 +357,12 @@ def analyse_in(folder:Path, encoders:list, run:AnalysisRun)->dict:
         ordinary = Pictures('object', 'test', min(STRUCTURE, run.pictures), run.canvas)
         images, y = ordinary.world.images[:], ordinary.world.labels['object']
     if y is not None and len(np.unique(y[:len(images)])) in (1, len(images)): y = None  # there are no pairs within a class, or none between
-    result = dict(name=run.folder_name, encoders=[dict(name=e.name, fingerprint=e.fingerprint, size=e.size, dim=e.dim, depth=e.depth) for e in encoders])
-    for what, f in dict(disagreement=lambda: disagreement(encoders, source, labels, run, folder), sensitivity=lambda: sensitivity(encoders, run), symbols=lambda: symbols(encoders, run),
-                        conflicts=lambda: conflicts(encoders, run), structure=lambda: structure(encoders, images, None if y is None else y[:len(images)], run)).items():
+    result = dict(name=run.folder_name, encoders=[dict(name=e.name, fingerprint=e.fingerprint, size=e.size, dim=e.dim, depth=e.depth)
+                                                  for e in encoders])
+    for what, f in dict(disagreement=lambda: disagreement(encoders, source, labels, run, folder),
+                        sensitivity=lambda: sensitivity(encoders, run), symbols=lambda: symbols(encoders, run),
+                        conflicts=lambda: conflicts(encoders, run),
+                        structure=lambda: structure(encoders, images, None if y is None else y[:len(images)], run)).items():
         say(f'{what} ...')
         result[what] = f()
     write_json(folder/'result.json', dict(result, environment=environment()))
@@ -355,7 +375,8 @@ def dots(ax, rows:list, what:str, value:str, order:list, names:list, scale:float
         r = [next(v for v in rows if v['encoder'] == n and v[what] == o) for o in order]
         x = scale*np.array([v[value] for v in r])
         low, high = scale*np.array([v['interval'] for v in r]).T
-        ax.errorbar(x, [i + .6*(k/max(len(names) - 1, 1) - .5)*(len(names) > 1) for i in range(len(order))], xerr=np.abs([x - low, high - x]), fmt='os^DvPX*'[k % 8], ms=4.5, lw=1.2, label=n)
+        ax.errorbar(x, [i + .6*(k/max(len(names) - 1, 1) - .5)*(len(names) > 1) for i in range(len(order))],
+                    xerr=np.abs([x - low, high - x]), fmt='os^DvPX*'[k % 8], ms=4.5, lw=1.2, label=n)
     ax.set(yticks=range(len(order)), yticklabels=order, ylim=(len(order) - .5, -.5))
 
 def names_in(result:dict)->list: return [e['name'] for e in result['encoders']]
@@ -391,11 +412,14 @@ def show_shared(result:dict):
     order = [r['factor'] for r in d['first']['shared'] if r['factor'] in first & second]
     if not order: return
     fig, ax = plt.subplots(figsize=(6.5, .34*len(order) + 1))
-    rows = [dict(encoder=f'alike for {d[s]["alike_for"]}', factor=r['factor'], share=r['share'], interval=[r['low'], r['high']]) for s in ('first', 'second') for r in d[s]['shared']]
+    rows = [dict(encoder=f'alike for {d[s]["alike_for"]}', factor=r['factor'], share=r['share'], interval=[r['low'], r['high']])
+            for s in ('first', 'second') for r in d[s]['shared']]
     dots(ax, rows, 'factor', 'share', order, list(dict.fromkeys(r['encoder'] for r in rows)), 100)
     base = {r['factor']: r['of_all'] for r in d['first']['shared']}
-    for i, f in enumerate(order): ax.plot([100*base[f]]*2, [i - .35, i + .35], color='grey', lw=1.5, label=None if i else 'any two pictures')
-    ax.set(xlabel='pairs that agree in the factor, %', xlim=(0, 100), title=f'the {d["kept"]:,} pairs of most different rank among {d["pairs"]:,}, each picture once')
+    for i, f in enumerate(order):
+        ax.plot([100*base[f]]*2, [i - .35, i + .35], color='grey', lw=1.5, label=None if i else 'any two pictures')
+    ax.set(xlabel='pairs that agree in the factor, %', xlim=(0, 100),
+           title=f'the {d["kept"]:,} pairs of most different rank among {d["pairs"]:,}, each picture once')
     ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
 
 def show_gallery(run:AnalysisRun, result:dict, n:int=6, size:int=96):
@@ -418,7 +442,8 @@ def show_cka(result:dict):
     fig, axes = plt.subplots(1, len(pairs), figsize=(2.6*len(pairs) + .6, 2.6), squeeze=False)
     for ax, p in zip(axes[0], pairs):
         m = np.array(p['layers'])
-        sns.heatmap(m, vmin=0, vmax=1, cmap='viridis', annot=m.size <= 36, fmt='.2f', cbar=False, square=True, ax=ax, annot_kws=dict(size=8), xticklabels=range(1, m.shape[1] + 1), yticklabels=range(1, m.shape[0] + 1))
+        sns.heatmap(m, vmin=0, vmax=1, cmap='viridis', annot=m.size <= 36, fmt='.2f', cbar=False, square=True, ax=ax,
+                    annot_kws=dict(size=8), xticklabels=range(1, m.shape[1] + 1), yticklabels=range(1, m.shape[0] + 1))
         ax.set(xlabel=f'block of {p["second"]}', ylabel=f'block of {p["first"]}')
         ax.invert_yaxis()
 
@@ -456,13 +481,16 @@ def collect(folders)->pd.DataFrame: # finished analyses
         r = read_json(d/'result.json')
         weights = {e['name']: e['fingerprint'][:12] for e in r['encoders']}
         def add(encoder, what, row, value, interval=(None, None), readout=READOUTS[0]):
-            rows.append(dict(run=d.name, encoder=encoder, weights=weights[encoder], what=what, row=row, readout=readout, value=value, low=interval[0], high=interval[1], commit=r['environment']['commit']))
+            rows.append(dict(run=d.name, encoder=encoder, weights=weights[encoder], what=what, row=row, readout=readout, value=value,
+                             low=interval[0], high=interval[1], commit=r['environment']['commit']))
         for v in r['sensitivity']: add(v['encoder'], 'sensitivity', v['factor'], v['ratio'], v['interval'], v['readout'])
         for v in r['symbols']: add(v['encoder'], 'similarity', v['differs'], v['similarity'], v['interval'], v['readout'])
-        for v in r['conflicts']: add(v['encoder'], 'conflict', 'shape_bias', v['shape_bias'], v['interval']), add(v['encoder'], 'conflict', 'shape', v['shape']), add(v['encoder'], 'conflict', 'ordinary', v['ordinary'])
+        for v in r['conflicts']:
+            add(v['encoder'], 'conflict', 'shape_bias', v['shape_bias'], v['interval']), add(v['encoder'], 'conflict', 'shape', v['shape']), add(v['encoder'], 'conflict', 'ordinary', v['ordinary'])
         for v in r['structure']['rows']: [add(v['encoder'], 'structure', k, x) for k, x in v.items() if k != 'encoder']
         for side in 'first', 'second':
-            for v in r['disagreement'][side]['shared']: add(r['disagreement'][side]['alike_for'], 'shared', v['factor'], v['share'], (v['low'], v['high'])), add(r['disagreement'][side]['alike_for'], 'shared by any two', v['factor'], v['of_all'])
+            for v in r['disagreement'][side]['shared']:
+                add(r['disagreement'][side]['alike_for'], 'shared', v['factor'], v['share'], (v['low'], v['high'])), add(r['disagreement'][side]['alike_for'], 'shared by any two', v['factor'], v['of_all'])
     return pd.DataFrame(rows).round(5)
 
 def show_objectives(runs:pd.DataFrame, readout:str=READOUTS[0]): # from `collect`

@@ -38,8 +38,10 @@ class Chats:
     def unusable(self): return iter(())  # (key, reason) of the rows that are left out
 
 # %% ../nbs/05_chat.ipynb #04fa6a6d
-WORDINGS = ('Describe the picture in a few words.', 'What does this picture show?', 'Write a short caption for the picture.', 'What can be seen here?',
-            'Say briefly what is in the picture.', 'Give this picture a caption.', 'What is this a picture of?', 'Sum up the picture in one phrase.')
+WORDINGS = ('Describe the picture in a few words.', 'What does this picture show?', 'Write a short caption for the picture.',
+            'What can be seen here?',
+            'Say briefly what is in the picture.', 'Give this picture a caption.', 'What is this a picture of?',
+            'Sum up the picture in one phrase.')
 _WORDING, _FORM, _ORDER, _WITHIN = 21, 22, 23, 24  # keep these hashes apart from others of the same keys
 
 class WorldSquares:
@@ -81,7 +83,8 @@ class AnyQuestions(Chats):
 def chat_of(row)->tuple: # -> [(user, assistant)], path of the picture or ''
     "The turns and the picture of a row of LLaVA's lists; raises `BadSample`"
     said, image = (row.get('conversations'), row.get('image')) if isinstance(row, dict) else (None, None)
-    if not isinstance(said, list) or not all(isinstance(s, dict) and isinstance(s.get('value'), str) for s in said): raise BadSample('no list of conversations with from and value')
+    if not isinstance(said, list) or not all(isinstance(s, dict) and isinstance(s.get('value'), str) for s in said):
+        raise BadSample('no list of conversations with from and value')
     if image is not None and (not isinstance(image, str) or not image): raise BadSample('image is not one path')
     roles, texts = [s.get('from') for s in said], [s['value'].strip() for s in said]
     if not set(roles) <= {'human', 'gpt'}: raise BadSample('a role that is neither human nor gpt')
@@ -140,7 +143,8 @@ def stamps(folder:str, names:list)->list: # size and time of each file, None for
             try: out.append(stamp(f'{folder}/{n}'))
             except (OSError, ValueError): out.append(None)
         return [s if s and s[0] else None for s in out]
-    with ThreadPoolExecutor(16) as ex: return [s for part in ex.map(look, (names[a:a + 1024] for a in range(0, len(names), 1024))) for s in part]
+    with ThreadPoolExecutor(16) as ex:
+        return [s for part in ex.map(look, (names[a:a + 1024] for a in range(0, len(names), 1024))) for s in part]
 
 class Files:
     "Picture files of a folder as a set for `features`"
@@ -161,7 +165,8 @@ class Files:
 
     def square_of(self, i:int, size:int)->np.ndarray: # (size, size, 3) uint8
         try: return squares([self.picture(i)], size, self.square, self.mean)[0]
-        except BadSample as e: raise BadData(f'{self.folder}/{self.names[i]}: {e}. It was not when the list was opened: put back the file that was there') from None
+        except BadSample as e:
+            raise BadData(f'{self.folder}/{self.names[i]}: {e}. It was not when the list was opened: put back the file that was there') from None
 
     def batch(self, ids, size:int)->np.ndarray: # (B, size, size, 3) uint8
         return np.stack(list(threads().map(lambda i: self.square_of(int(i), size), ids)))
@@ -206,7 +211,8 @@ class LlavaJson(Chats):
         self.bad = [bad[k] for k in sorted(bad)]
         self.missing = Counter(reason for _, reason in self.bad)
         if listed:
-            with whole(listed) as tmp: Path(tmp).write_text(''.join(json.dumps(dict(key=key, reason=reason)) + '\n' for key, reason in self.bad))
+            with whole(listed) as tmp:
+                Path(tmp).write_text(''.join(json.dumps(dict(key=key, reason=reason)) + '\n' for key, reason in self.bad))
         self._judge(len(rows), max_bad, f'; {listed.name} lists them' if listed else '')
         self.rows = np.delete(rows, sorted(bad), 0)
         used, self.ids = np.unique(self.rows[:, 2], return_inverse=True)
@@ -218,7 +224,8 @@ class LlavaJson(Chats):
     def places(path, folder)->tuple:
         "Where list and pictures are, which must be there"
         path, folder = Path(path).expanduser(), Path(folder).expanduser()
-        check(path.is_file() and path.stat().st_size > 0, f'{path} is not there, or empty: it should be a .json file such as llava_v1_5_mix665k.json')
+        check(path.is_file() and path.stat().st_size > 0,
+              f'{path} is not there, or empty: it should be a .json file such as llava_v1_5_mix665k.json')
         check(folder.is_dir(), f'{folder} is no folder: it should be the one in which the paths in {path.name} begin')
         return path, folder
 
@@ -277,7 +284,8 @@ class Form:
     "How conversations become tokens: a tokenizer and a template, or the plain form. `form(chats)` gives tokens and which of them carry loss"
     def __init__(self, tokenizer, template:str='', plain:bool=False): # a fast tokenizer; name of a template, or empty for its own
         self.tokenizer, self.plain, self.template = tokenizer, plain, '' if plain else template_of(tokenizer, template)
-        check(getattr(tokenizer, 'is_fast', False), f'{type(tokenizer).__name__} is a slow tokenizer, which can not say which characters a token stands for: use its fast version')
+        check(getattr(tokenizer, 'is_fast', False),
+              f'{type(tokenizer).__name__} is a slow tokenizer, which can not say which characters a token stands for: use its fast version')
         check(tokenizer.eos_token or not plain, 'the tokenizer has no eos token to end a caption with')
         image = tokenizer.convert_tokens_to_ids(MARK)  # that of an unknown word if there is none
         self.image = image if image is not None and tokenizer.convert_ids_to_tokens(image) == MARK else None
@@ -289,11 +297,13 @@ class Form:
     def fingerprint(self)->str:
         own = json.loads(self.tokenizer.backend_tokenizer.to_str())
         own = {k: v for k, v in own.items() if k not in ('truncation', 'padding')}  # are left from earlier calls
-        return digest(own, {k: str(v) for k, v in self.tokenizer.special_tokens_map.items()}, self.template, self.plain, self.bos, self.write([(_SAMPLE[:1], False)])[0])
+        return digest(own, {k: str(v) for k, v in self.tokenizer.special_tokens_map.items()}, self.template, self.plain, self.bos,
+                      self.write([(_SAMPLE[:1], False)])[0])
 
     def _rendered(self, chats:list, **how)->list:
         try: return self.tokenizer.apply_chat_template(chats, chat_template=self.template, tokenize=False, **how) if chats else []
-        except TemplateError as e: raise SettingsError(f'the chat template can not write a conversation of user and assistant: {e}; {_INSTEAD}') from None
+        except TemplateError as e:
+            raise SettingsError(f'the chat template can not write a conversation of user and assistant: {e}; {_INSTEAD}') from None
 
     def write(self, chats:list)->tuple: # (turns, whether there is a picture) of each -> texts, [(begin, end)] of the answers in each
         "Conversations as text"
@@ -318,10 +328,12 @@ class Form:
 
     def __call__(self, chats:list)->list: # (turns, whether there is a picture) of each -> (ids, whether they carry loss) of each, with one token for the picture
         "Conversations as tokens"
-        check(self.image is not None or not any(p for _, p in chats), f'the tokenizer has no {MARK} token: tokenizer.add_tokens({MARK!r}, special_tokens=True), and enlarge the model\'s embeddings')
+        check(self.image is not None or not any(p for _, p in chats),
+              f'the tokenizer has no {MARK} token: tokenizer.add_tokens({MARK!r}, special_tokens=True), and enlarge the model\'s embeddings')
         texts, spans = self.write(chats)
         e = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
-        out = [(np.array(ids, np.int64), loss_mask(np.array(o).reshape(-1, 2), s)) for ids, o, s in zip(e['input_ids'], e['offset_mapping'], spans)]
+        out = [(np.array(ids, np.int64), loss_mask(np.array(o).reshape(-1, 2), s))
+               for ids, o, s in zip(e['input_ids'], e['offset_mapping'], spans)]
         odd = [t for t, (ids, _), (_, p) in zip(texts, out, chats) if self.image is not None and (ids == self.image).sum() != p]
         check(not odd, f'{MARK} stands for a picture and may not be in a text, as in {odd and odd[0][:200]!r}')
         return out
@@ -342,7 +354,8 @@ class Form:
         last = ids[ends[0]] if len(ends) else -1
         check(last in own, f'the chat template does not end an answer with a token of its own but with {self.tokenizer.decode([max(last, 0)])!r}, so a model could not learn to stop; {_INSTEAD}')
         (ask, _), = self([([(turns[0][0], None)], picture)])
-        check(ids[:len(ask)].tolist() == ask.tolist(), f'the end of the chat template\'s prompt melts into the answer\'s first token, so a model would be asked in tokens that it was not trained on; {_INSTEAD}')
+        check(ids[:len(ask)].tolist() == ask.tolist(),
+              f'the end of the chat template\'s prompt melts into the answer\'s first token, so a model would be asked in tokens that it was not trained on; {_INSTEAD}')
 
 def loss_mask(offsets:np.ndarray, spans:list)->np.ndarray: # (N, 2) first and last character of each token; [(begin, end)] -> (N,) bool
     "The tokens that stand for any character of `spans`; never the first, which nothing predicts"
@@ -390,7 +403,8 @@ def read(path:Path, n:int)->tuple: # -> (T,) int32 tokens, (n, 5) int32 what is 
     "Memory maps of a file that `fill` wrote; raises ValueError if it is damaged"
     a = np.memmap(path, '<i4', 'r')
     tokens, info = a[:-1 - 5*n], a[-1 - 5*n:-1].reshape(-1, 5)
-    if len(a) < 5*n + 1 or info[:, LENGTH].sum(dtype=np.int64) != len(tokens) or zlib.crc32(a[:-1]) != int(a[-1:].view('<u4')[0]): raise ValueError(f'{path} is damaged')
+    if len(a) < 5*n + 1 or info[:, LENGTH].sum(dtype=np.int64) != len(tokens) or zlib.crc32(a[:-1]) != int(a[-1:].view('<u4')[0]):
+        raise ValueError(f'{path} is damaged')
     return tokens, info
 
 def tokens_of(chats:Chats, form:Form)->tuple: # -> as `read`, and their key
@@ -416,7 +430,8 @@ class Batches:
                  template:str='', # name of a template, or empty for the tokenizer's own
                  mega:int=64, # batches that are sorted by length together
                  multiple:int=8): # padded lengths are multiples of this
-        for k, v in dict(image_tokens=image_tokens, batch=batch, context=context, mega=mega, multiple=multiple).items(): check(v > 0, f'{k}={v} must be above 0')
+        for k, v in dict(image_tokens=image_tokens, batch=batch, context=context, mega=mega, multiple=multiple).items():
+            check(v > 0, f'{k}={v} must be above 0')
         self.form = Form(tokenizer, template, plain)
         self.tokens, self.info, key = tokens_of(chats, self.form)
         self.image_tokens, self.batch, self.seed, self.context, self.mega, self.multiple = image_tokens, batch, seed, context, mega, multiple
@@ -435,10 +450,12 @@ class Batches:
         self.lengths, self.targets = np.minimum(length + more, self.context), targets.copy()
         for i in self.cut: self.targets[i] = (self.tokens[self.starts[i]:self.starts[i] + self.context - more[i]] < 0).sum()
         self.use = np.flatnonzero(self.targets > 0)
-        check(len(self.use) >= self.batch, f'{name} has {len(self.use)} conversations with targets within context={self.context}, fewer than batch={self.batch}')
+        check(len(self.use) >= self.batch,
+              f'{name} has {len(self.use)} conversations with targets within context={self.context}, fewer than batch={self.batch}')
 
     def __len__(self)->int: return len(self.use)//self.batch  # steps of an epoch
-    def counts(self)->dict: return dict(conversations=len(self.targets), cut=len(self.cut), without_targets=len(self.targets) - len(self.use))
+    def counts(self)->dict:
+        return dict(conversations=len(self.targets), cut=len(self.cut), without_targets=len(self.targets) - len(self.use))
 
     def _epoch(self, e:int)->np.ndarray: # (n,)
         "The conversations in the order of an epoch"
@@ -476,7 +493,8 @@ class Batches:
             t, loss = self.one(i)
             ids[k, :len(t)], mask[k, :len(t)], targets[k, :len(t)] = t, 1, np.where(loss, t, -100)
         ids, mask, targets = map(torch.from_numpy, (ids, mask, targets))
-        return dict(ids=ids, mask=mask, targets=targets, image=(ids == self.form.image) & (mask > 0), pictures=torch.from_numpy(self.info[chosen, PICTURE].astype(np.int64)), n_targets=n_targets)
+        return dict(ids=ids, mask=mask, targets=targets, image=(ids == self.form.image) & (mask > 0),
+                    pictures=torch.from_numpy(self.info[chosen, PICTURE].astype(np.int64)), n_targets=n_targets)
 
     def rows(self, step:int, rank:int=0, ranks:int=1)->dict: # ids, mask, targets, image (b, L), pictures (b,), n_targets
         "What one process has of a step: tokens, where they are not padding, targets (-100: none), where pictures stand and which they are (-1: none), and how many targets the whole step has"

@@ -99,8 +99,10 @@ def injected(cell:str)->dict: # source of the cell that ran before this one
 # %% ../nbs/00_core.ipynb #deb6c1fa
 class CannotWrite(OSError): "A file or folder that can't be written"
 
-MENDS = {'make room and give the same command again': (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), 'make it writable and give the same command again': (errno.EROFS, errno.EACCES, errno.EPERM),
-         'move what is in its way and give the same command again': (errno.ENOTDIR, errno.EEXIST), 'give it a shorter name': (errno.ENAMETOOLONG,)}
+MENDS = {'make room and give the same command again': (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+         'make it writable and give the same command again': (errno.EROFS, errno.EACCES, errno.EPERM),
+         'move what is in its way and give the same command again': (errno.ENOTDIR, errno.EEXIST),
+         'give it a shorter name': (errno.ENAMETOOLONG,)}
 
 @contextmanager
 def writing(path:Path):
@@ -154,7 +156,8 @@ def alone(folder:Path):
         with writing(lock.lock_file): lock.acquire()
     except Timeout: check(False, f'another process is running {folder.name}; wait for it, or give this run another name')
     try:
-        for left in (*folder.glob('.*.tmp'), *folder.glob('.tmp*')): left.unlink()  # ours and safetensors', of a process that was killed while it wrote
+        for left in (*folder.glob('.*.tmp'), *folder.glob('.tmp*')):
+            left.unlink()  # ours and safetensors', of a process that was killed while it wrote
         yield folder
     finally: lock.release()
 
@@ -222,7 +225,9 @@ PACKAGES = 'torch', 'torchvision', 'timm', 'open_clip_torch', 'transformers', 'a
 
 def commit()->str:
     "Git commit of the code that runs, with `+` if files differ from it; empty where there is no git"
-    def git(*a): return subprocess.run(['git', *a], cwd=Path(__file__).parent if '__file__' in globals() else root(), capture_output=True, text=True).stdout.strip()
+    def git(*a):
+        return subprocess.run(['git', *a], cwd=Path(__file__).parent if '__file__' in globals() else root(), capture_output=True,
+                              text=True).stdout.strip()
     try: return git('rev-parse', '--short=12', 'HEAD') + ('+' if git('status', '--porcelain', '--untracked-files=no') else '')
     except OSError: return ''
 
@@ -232,7 +237,8 @@ def environment()->dict:
     "What a run ran on: Python, packages, commit and device; digests of plug-ins"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{platform.machine()} CPU, {os.cpu_count()} cores'
     own = {p: digest(Path(f).read_bytes()) for p in plugins() if (f := getattr(sys.modules.get(p), '__file__', None))}
-    return dict(python=platform.python_version(), packages={p: metadata.version(p) for p in PACKAGES}, commit=commit(), device=device, **(dict(plugins=own) if own else {}))
+    return dict(python=platform.python_version(), packages={p: metadata.version(p) for p in PACKAGES}, commit=commit(), device=device,
+                **(dict(plugins=own) if own else {}))
 
 # %% ../nbs/00_core.ipynb #b3421600
 def _i64(n:int)->int: return n - (1 << 64) if n >> 63 else n
@@ -338,4 +344,5 @@ def theme():
     "The look of all figures: colours that the colour-blind can tell apart, no more lines than needed, legible in print and on a phone"
     import seaborn as sns  # takes a second, and few that import this module draw
     sns.set_theme(context='notebook', style='ticks', palette='colorblind', font_scale=.8,
-                  rc={'figure.constrained_layout.use': True, 'axes.spines.top': False, 'axes.spines.right': False, 'legend.frameon': False, 'figure.dpi': 100})
+                  rc={'figure.constrained_layout.use': True, 'axes.spines.top': False, 'axes.spines.right': False, 'legend.frameon': False,
+                      'figure.dpi': 100})

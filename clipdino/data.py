@@ -29,7 +29,8 @@ from .core import Progress, SettingsError, cache_dir, check, cores, digest, lock
 # %% ../nbs/01_data.ipynb #bc7bc5b8
 class BadData(RuntimeError):
     "Too many samples are broken; the message says how many and why"
-    def __init__(self, why:str): super().__init__(why.rpartition('BadData: ')[2].rstrip())  # torch hands on what a loader process raised at the end of a traceback
+    def __init__(self, why:str): # torch hands on what a loader process raised at the end of a traceback
+        super().__init__(why.rpartition('BadData: ')[2].rstrip())
 
 class BadSample(ValueError):
     "One sample can't be used; the message is the reason"
@@ -236,7 +237,8 @@ def _count(path, caption_key:str)->tuple:
     "A shard's stamp, a digest of where its parts are, how many of its samples are usable, and how many are not, by reason"
     mark, ix = stamp(path), index(path)
     n = np.bincount(faults(ix, caption_key), minlength=len(FAULTS)).tolist()
-    return mark, digest(ix.at.tobytes(), ix.size.tobytes()), n[0], Counter({r: k for r, k in zip((CUT, *FAULTS[1:]), (int(ix.cut), *n[1:])) if k})
+    return mark, digest(ix.at.tobytes(), ix.size.tobytes()), n[0], Counter({r: k for r, k in zip((CUT, *FAULTS[1:]), (int(ix.cut), *n[1:]))
+                                                                            if k})
 
 def survey(paths:list, caption_key:str)->tuple: # -> stamps, digests of the indices, (shards,) int64 usable samples, reason -> samples that are not
     "What is in the shards; says how far it is if that takes long"
@@ -308,7 +310,8 @@ class Shards:
     def batch(self, ids)->tuple: # -> (B, S, S, 3) uint8 canvases, (B, 2) int32 heights and widths, captions, bad
         "The samples `ids`"
         images = np.zeros((len(ids), self.canvas, self.canvas, 3), np.uint8)
-        hw, captions, bad, order = np.zeros((len(ids), 2), np.int32), ['']*len(ids), [], np.argsort(ids, kind='stable')  # as they lie on disk
+        # as they lie on disk
+        hw, captions, bad, order = np.zeros((len(ids), 2), np.int32), ['']*len(ids), [], np.argsort(ids, kind='stable')
         for j, (im, captions[j], broken) in zip(order, threads().map(self.read_or_replace, ids[order].tolist())):
             hw[j] = im.shape[:2]
             images[j, :hw[j, 0], :hw[j, 1]] = im
@@ -380,7 +383,8 @@ class Steps(torch.utils.data.Dataset):
     def __getitem__(self, step:int)->dict:
         epochs, ids = self.order(torch.arange(self.local) + (step*self.batch + self.rank*self.local))
         images, hw, captions, bad = self.source.batch(ids.numpy())
-        out = dict(step=step, images=torch.as_tensor(images), hw=torch.as_tensor(hw), ids=ids, epochs=epochs, captions=list(captions), bad=bad)
+        out = dict(step=step, images=torch.as_tensor(images), hw=torch.as_tensor(hw), ids=ids, epochs=epochs, captions=list(captions),
+                   bad=bad)
         if self.tokenize is not None: out['tokens'] = self.tokenize(out['captions'])
         return out if self.transform is None else self.transform(out)
 
@@ -401,7 +405,8 @@ def loader(source, # see the top of this page
            transform=None, # batch -> batch, done where the batch is made
           )->DataLoader: # of dicts: step, images (b, S, S, 3), hw (b, 2), ids (b,), epochs (b,), captions, bad, tokens
     "The batches of steps `start` to `steps`, for one rank"
-    return DataLoader(Steps(source, batch, seed, rank, ranks, tokenize, group, transform), batch_size=None, sampler=range(start, steps), num_workers=workers,
+    return DataLoader(Steps(source, batch, seed, rank, ranks, tokenize, group, transform), batch_size=None, sampler=range(start, steps),
+                      num_workers=workers,
                       collate_fn=_same, pin_memory=pin, prefetch_factor=prefetch if workers else None,
                       multiprocessing_context='fork' if workers and sys.platform == 'linux' else None)  # other ways import everything again
 

@@ -45,7 +45,8 @@ def named(names, n:int=3)->str:
 
 def check_fit(where:str, missing=(), unexpected=(), reshaped=()):
     "Refuse a checkpoint by the names of the tensors that don't fit its model"
-    said = [f'{what} {named(names)}' for what, names in (('missing', missing), ('unexpected', unexpected), ('of another shape', reshaped)) if names]
+    said = [f'{what} {named(names)}' for what, names in (('missing', missing), ('unexpected', unexpected), ('of another shape', reshaped))
+            if names]
     check(not said, f'{where} does not fit its model: {"; ".join(said)}')
 
 def keys_in(text:str, what:str)->list:
@@ -59,7 +60,8 @@ def reading(where:str):
     logging.disable(logging.ERROR)
     try: yield
     except SettingsError: raise
-    except pickle.UnpicklingError as e: raise SettingsError(f'{where} is damaged or holds more than tensors and plain data; nothing else is read from a pickle, since it could run code') from e
+    except pickle.UnpicklingError as e:
+        raise SettingsError(f'{where} is damaged or holds more than tensors and plain data; nothing else is read from a pickle, since it could run code') from e
     except Exception as e:  # every library has its own kinds
         text = str(e)
         check_fit(where, keys_in(text, 'Missing'), keys_in(text, 'Unexpected'), re.findall('size mismatch for ([^:]+):', text))
@@ -90,7 +92,8 @@ class Encoder(nn.Module):
 
     def run(self, x): return self.model(x)
     def last(self, y, h): raise NotImplementedError  # output of `run`, tokens after the last block -> cls, patches
-    def queries_keys(self): raise NotImplementedError  # -> modules of the last block, and a function from their outputs to q, k (B, heads, L, d)
+    def queries_keys(self): # -> modules of the last block, and a function from their outputs to q, k (B, heads, L, d)
+        raise NotImplementedError
 
     def train(self, mode:bool=True): return super().train(False)
     @property
@@ -116,7 +119,9 @@ class Encoder(nn.Module):
     @torch.inference_mode()
     def tokens(self, x, layers=(-1,))->list: # (B, 3, size, size) -> (cls (B, D), patches (B, N, D)) of each of `layers`
         "Class token and patch tokens after the given blocks"
-        for l in layers: check(1 <= abs(l) <= self.depth, f'layer {l} is not there: {self.name} has layers 1 to {self.depth}, or -{self.depth} to -1 from the end')
+        for l in layers:
+            check(1 <= abs(l) <= self.depth,
+                  f'layer {l} is not there: {self.name} has layers 1 to {self.depth}, or -{self.depth} to -1 from the end')
         at = [l % (self.depth + 1) for l in layers]  # 1 to depth
         y, hs = self.watch(x, [self.blocks[i - 1] for i in (*at, self.depth)])
         last = self.last(y, hs[-1]) if self.depth in at else None
@@ -133,7 +138,8 @@ class Encoder(nn.Module):
     def prepare(self, images)->torch.Tensor: # uint8 (B, S, S, 3) -> (B, 3, size, size)
         "Pictures as the encoder wants them: the whole of each, resized and normalised"
         x = torch.from_numpy(np.array(images)) if not torch.is_tensor(images) else images
-        check(x.dtype == torch.uint8 and x.ndim == 4 and x.shape[1] == x.shape[2] and x.shape[3] == 3, f'pictures must be uint8 of shape (B, S, S, 3), and are {x.dtype} of shape {tuple(x.shape)}')
+        check(x.dtype == torch.uint8 and x.ndim == 4 and x.shape[1] == x.shape[2] and x.shape[3] == 3,
+              f'pictures must be uint8 of shape (B, S, S, 3), and are {x.dtype} of shape {tuple(x.shape)}')
         x = x.to(self.device)
         return centre(x, torch.full((len(x), 2), x.shape[1], device=x.device), self.size, self.mean, self.std)
 
@@ -156,7 +162,8 @@ class TimmEncoder(Encoder):
         cfg, patch = getattr(model, 'pretrained_cfg', {}), getattr(getattr(model, 'patch_embed', None), 'patch_size', None)
         check(not isinstance(patch, tuple) or len(set(patch)) == 1, f'{name} has patches of {patch} px, and they must be square')
         classed = getattr(model, 'cls_token', None) is not None and model.global_pool == 'token'
-        super().__init__(name, model, [model.get_submodule(f['module']) for f in model.feature_info], size or cfg['input_size'][-1], mean or cfg['mean'], std or cfg['std'],
+        super().__init__(name, model, [model.get_submodule(f['module']) for f in model.feature_info], size or cfg['input_size'][-1],
+                         mean or cfg['mean'], std or cfg['std'],
                          getattr(model, 'num_prefix_tokens', 0), classed, patch[0] if isinstance(patch, tuple) else patch, towers)
 
     def run(self, x): return self.model.forward_features(x)
@@ -176,7 +183,8 @@ class TimmEncoder(Encoder):
 
 def open_timm(name:str, pretrained:bool=True)->Encoder:
     "A timm model by its name, or random weights in its shape"
-    with reading(f'timm\'s {name}'), seeded(0, 2): return TimmEncoder(name, timm.create_model(name, pretrained=pretrained, num_classes=0))  # as `make_encoder` of seed 0
+    with reading(f'timm\'s {name}'), seeded(0, 2):
+        return TimmEncoder(name, timm.create_model(name, pretrained=pretrained, num_classes=0))  # as `make_encoder` of seed 0
 
 # %% ../nbs/03_encoders.ipynb #65ad7ab2
 def read_in(folder:Path, file:str)->dict:
@@ -198,16 +206,20 @@ class RunTowers(nn.Module):
             self.objective.load_state_dict(load_file(folder/'objective.safetensors'))
         self.objective.float()
     def image(self, x): return self.objective.embed_image(x)
-    def text(self, texts): return self.objective.embed_text(self.objective.text.tokenize(texts).to(next(self.objective.parameters()).device))
+    def text(self, texts):
+        return self.objective.embed_text(self.objective.text.tokenize(texts).to(next(self.objective.parameters()).device))
 
 def open_folder(folder:Path)->Encoder:
     "A run folder of ours, or any other in timm's local-dir format"
     files = {p.name for p in folder.iterdir()}
-    check(bool(files & {'settings.json', 'config.json'}), f'{folder} holds no encoder: neither a run of ours (settings.json) nor a model of timm\'s (config.json)')
-    check('config.json' not in files or 'architecture' in read_in(folder, 'config.json'), f'{folder}/config.json is not timm\'s, which names an architecture; for transformers\' the name is hf:{folder}')
+    check(bool(files & {'settings.json', 'config.json'}),
+          f'{folder} holds no encoder: neither a run of ours (settings.json) nor a model of timm\'s (config.json)')
+    check('config.json' not in files or 'architecture' in read_in(folder, 'config.json'),
+          f'{folder}/config.json is not timm\'s, which names an architecture; for transformers\' the name is hf:{folder}')
     with reading(str(folder)): model = open_encoder(folder)
     objective = read_in(folder, 'settings.json')['objective'] if 'objective.safetensors' in files else ''
-    if objective and objective not in (*OBJECTIVES, *OWN): say(f'{folder.name}: the objective {objective} is not known here, so that a text tower, if there is one, is not read; CLIPDINO_PLUGINS may name its module')
+    if objective and objective not in (*OBJECTIVES, *OWN):
+        say(f'{folder.name}: the objective {objective} is not known here, so that a text tower, if there is one, is not read; CLIPDINO_PLUGINS may name its module')
     return TimmEncoder(folder.name, model, towers=(lambda: RunTowers(folder)) if is_joint(objective) else None)
 
 # %% ../nbs/03_encoders.ipynb #891055f8
@@ -218,7 +230,8 @@ def folder_of(name:str)->Path|None:
 def open_random(name:str)->Encoder: # a timm name, or a run
     "Untrained weights"
     if (folder := folder_of(name)) is not None:
-        check((folder/'settings.json').exists() and kind_of(said := read_json(folder/'settings.json')) == 'pretrain', f'random:{name} is a folder, but of no pre-training run')
+        check((folder/'settings.json').exists() and kind_of(said := read_json(folder/'settings.json')) == 'pretrain',
+              f'random:{name} is a folder, but of no pre-training run')
         run = SimpleNamespace(**said)  # whose objective need not be known here
         with dtype_of(run): model = make_encoder(run.arch, run.image_size, run.seed)
         return TimmEncoder(f'random:{folder.name}', model.float(), run.image_size, MEAN, STD)
@@ -239,7 +252,8 @@ class HFTowers(nn.Module):
         self.model, self.tokenizer, self.context = model, tokenizer, model.config.text_config.max_position_embeddings
     def image(self, x): return self.projected('visual_projection', self.model.vision_model(x))
     def text(self, texts):
-        ids = self.tokenizer(list(texts), padding='max_length', truncation=True, max_length=self.context, padding_side='right', return_tensors='pt').input_ids
+        ids = self.tokenizer(list(texts), padding='max_length', truncation=True, max_length=self.context, padding_side='right',
+                             return_tensors='pt').input_ids
         return self.projected('text_projection', self.model.text_model(ids.to(self.model.device)))
     def projected(self, by, y): return getattr(self.model, by, nn.Identity())(y.pooler_output)  # SigLIP has none
 
@@ -286,7 +300,8 @@ def hf_model(source:str)->nn.Module:
     disable_progress_bar()  # a bar for a second would only fill the notebook
     kind = AutoConfig.from_pretrained(source, trust_remote_code=False).model_type
     check(kind.removesuffix('_vision_model') in HF_PREFIX, f'{where} is of type {kind}; {", ".join(HF_PREFIX)} are read')
-    model, info = AutoModel.from_pretrained(source, trust_remote_code=False, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True)
+    model, info = AutoModel.from_pretrained(source, trust_remote_code=False, dtype=torch.float32, output_loading_info=True,
+                                            ignore_mismatched_sizes=True)
     missing = [k for k in info['missing_keys'] if not re.search(r'(^|\.)(pooler\.|embeddings\.mask_token$)', k)]
     reshaped = [k[0] if isinstance(k, tuple) else k for k in info['mismatched_keys']]
     if missing or reshaped: check_fit(where, missing, info['unexpected_keys'], reshaped)
@@ -301,7 +316,8 @@ def open_hf(source:str)->Encoder: # folder or hub name
         vision = getattr(whole, 'vision_model', whole)
         has_text = hasattr(whole, 'text_model') and any(hf_file(source, f) for f in TOKENIZERS)
         def towers():
-            with reading(f'the tokenizer of hf:{source}'): return HFTowers(whole, AutoTokenizer.from_pretrained(source, trust_remote_code=False))
+            with reading(f'the tokenizer of hf:{source}'):
+                return HFTowers(whole, AutoTokenizer.from_pretrained(source, trust_remote_code=False))
         return HFEncoder(name, vision, *hf_pixels(source, vision.config), towers if has_text else None)
 
 # %% ../nbs/03_encoders.ipynb #f482c11a
@@ -316,7 +332,8 @@ class OpenClipTowers(nn.Module):
 class OpenClipEncoder(Encoder):
     "open_clip's own ViT"
     def __init__(self, name:str, model:OpenClipViT, size:int, mean, std, towers=None):
-        super().__init__(name, model, model.transformer.resblocks, size, mean, std, 1, model.attn_pool is None and model.pool_type == 'tok', model.patch_size[0], towers)
+        super().__init__(name, model, model.transformer.resblocks, size, mean, std, 1,
+                         model.attn_pool is None and model.pool_type == 'tok', model.patch_size[0], towers)
 
     def last(self, y, h):
         cls, patches = self.split(h if self.model.attn_pool is not None else self.model.ln_post(h))
@@ -324,7 +341,8 @@ class OpenClipEncoder(Encoder):
 
     def queries_keys(self):
         b = self.blocks[-1]
-        check(type(b.attn) is nn.MultiheadAttention, f'{self.name} has attention of the kind {type(b.attn).__name__}; only nn.MultiheadAttention is read')
+        check(type(b.attn) is nn.MultiheadAttention,
+              f'{self.name} has attention of the kind {type(b.attn).__name__}; only nn.MultiheadAttention is read')
         def heads(h):
             q, k, _ = F.linear(h, b.attn.in_proj_weight, b.attn.in_proj_bias).unflatten(-1, (3, b.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
             return q, k
@@ -342,32 +360,41 @@ def open_open_clip(name:str)->Encoder: # MODEL, MODEL/TAG, MODEL/FILE, hf-hub:OR
     scheme, where = parse_model_name(name)
     source, weights = (name, '') if scheme else (name.split('/', 1) + [''])[:2]
     model = open_clip_model(source, weights)
-    if not (scheme or weights): say(f'open_clip:{name} names no weights, so they are random; open_clip:{name}/TAG has those of a TAG in open_clip.list_pretrained()')
+    if not (scheme or weights):
+        say(f'open_clip:{name} names no weights, so they are random; open_clip:{name}/TAG has those of a TAG in open_clip.list_pretrained()')
     def towers():
         with reading(f'the tokenizer of open_clip:{source}'): return OpenClipTowers(model, open_clip.get_tokenizer(source))
     p, v = model.visual.preprocess_cfg, model.visual
     size = p['size'] if isinstance(p['size'], int) else p['size'][0]
     short = f'{scheme}:{Path(where).name if scheme == "local-dir" else where}' if scheme else source + f'/{Path(weights).name}'*bool(weights)
     if hasattr(v, 'trunk'): return TimmEncoder(f'open_clip:{short}', v.trunk, size, p['mean'], p['std'], towers)
-    check(isinstance(v, OpenClipViT), f'open_clip:{name} has a vision tower of the kind {type(v).__name__}; open_clip\'s ViT and timm\'s models are read')
+    check(isinstance(v, OpenClipViT),
+          f'open_clip:{name} has a vision tower of the kind {type(v).__name__}; open_clip\'s ViT and timm\'s models are read')
     return OpenClipEncoder(f'open_clip:{short}', v, size, p['mean'], p['std'], towers)
 
 # %% ../nbs/03_encoders.ipynb #799efde9
 def to_open_clip(run:str, folder)->Path: # a finished run, by name or path; the folder, which is made
     "Write both towers, tokenizer and the way pictures are prepared, as open_clip opens them by `local-dir:`"
     source, folder = folder_of(run), Path(folder).expanduser()
-    check(source is not None and (source/'objective.safetensors').exists() and (source/'result.json').exists(), f'{run} is no finished pre-training run')
+    check(source is not None and (source/'objective.safetensors').exists() and (source/'result.json').exists(),
+          f'{run} is no finished pre-training run')
     check(not folder.exists(), f'{folder} is there already: name a folder that is to be made')
     objective = read_in(source, 'settings.json')['objective']
-    check(objective in OBJECTIVES and is_joint(objective) and objective != 'clip-lm', f'{run} was trained by {objective}: only runs of CLIP and SigLIP, or of CLIP and DINO together, have towers as open_clip has them')
+    check(objective in OBJECTIVES and is_joint(objective) and objective != 'clip-lm',
+          f'{run} was trained by {objective}: only runs of CLIP and SigLIP, or of CLIP and DINO together, have towers as open_clip has them')
     s = run_settings(source)
     usual = timm.create_model(s.arch, num_classes=0).patch_embed.img_size
     check(usual == (s.image_size,)*2, f'{run} sees {s.image_size} px, and open_clip makes {s.arch} for {usual[0]} px alone')
     o = RunTowers(source).objective
-    state = dict({f'visual.trunk.{k}': v for k, v in o.encoder.state_dict().items()}, **{f'text.{k}': v for k, v in o.text.net.state_dict().items()}, **{'visual.head.proj.weight': o.proj.weight, 'logit_scale': o.log_scale})
+    state = dict({f'visual.trunk.{k}': v for k, v in o.encoder.state_dict().items()},
+                 **{f'text.{k}': v for k, v in o.text.net.state_dict().items()},
+                 **{'visual.head.proj.weight': o.proj.weight, 'logit_scale': o.log_scale})
     if o.sigmoid: state['logit_bias'] = o.bias
-    text = dict(context_length=s.context, vocab_size=s.vocab, width=s.text_width, heads=text_heads(s.text_width), layers=s.text_layers, hf_tokenizer_name='clip')
-    model = dict(embed_dim=s.dim, custom_text=True, text_cfg=text, vision_cfg=dict(timm_model_name=s.arch, timm_pool='token', timm_proj='linear', image_size=s.image_size), **(dict(init_logit_bias=0.) if o.sigmoid else {}))
+    text = dict(context_length=s.context, vocab_size=s.vocab, width=s.text_width, heads=text_heads(s.text_width), layers=s.text_layers,
+                hf_tokenizer_name='clip')
+    model = dict(embed_dim=s.dim, custom_text=True, text_cfg=text,
+                 vision_cfg=dict(timm_model_name=s.arch, timm_pool='token', timm_proj='linear', image_size=s.image_size),
+                 **(dict(init_logit_bias=0.) if o.sigmoid else {}))
     own = o.text.tokenizer
     marks = dict(zip(own.all_special_ids, ('<|startoftext|>', '<|endoftext|>')))
     tokenizer = CLIPTokenizer(vocab={marks.get(i, t): i for t, i in own.encoder.items()}, merges=[m for m in own.bpe_ranks if m])
@@ -376,7 +403,9 @@ def to_open_clip(run:str, folder)->Path: # a finished run, by name or path; the 
         made = Path(tmp)/'made'
         tokenizer.save_pretrained(made)
         with whole(made/'open_clip_model.safetensors') as part: save_file({k: v.detach().contiguous() for k, v in state.items()}, part)
-        write_json(made/'open_clip_config.json', dict(model_cfg=model, preprocess_cfg=dict(size=s.image_size, mean=MEAN, std=STD, interpolation='bicubic', resize_mode='shortest')))
+        write_json(made/'open_clip_config.json', dict(model_cfg=model,
+                                                      preprocess_cfg=dict(size=s.image_size, mean=MEAN, std=STD, interpolation='bicubic',
+                                                                          resize_mode='shortest')))
         made.rename(folder)
     return folder
 
@@ -394,7 +423,8 @@ def dino_vit(state:dict, where:str)->nn.Module:
     dim, patch = state['cls_token'].shape[-1], state['patch_embed.proj.weight'].shape[-1]
     check(dim % 64 == 0, f'{where} is {dim} wide, but heads of DINO\'s ViTs are 64 wide each')
     size, depth = math.isqrt(state['pos_embed'].shape[1] - 1)*patch, 1 + max(int(k.split('.')[1]) for k in state if k.startswith('blocks.'))
-    model = VisionTransformer(img_size=size, patch_size=patch, embed_dim=dim, depth=depth, num_heads=dim//64, mlp_ratio=state['blocks.0.mlp.fc1.weight'].shape[0]/dim, num_classes=0)
+    model = VisionTransformer(img_size=size, patch_size=patch, embed_dim=dim, depth=depth, num_heads=dim//64,
+                              mlp_ratio=state['blocks.0.mlp.fc1.weight'].shape[0]/dim, num_classes=0)
     model.load_state_dict(state)
     return model
 

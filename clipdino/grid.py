@@ -62,9 +62,11 @@ class Job:
 
     @property
     def command(self)->list:
-        if self.kind == 'lm': return ['python', '-c', f'from clipdino.lm import small_lm; small_lm({", ".join(map(json.dumps, self.parameters.values()))})']
+        if self.kind == 'lm':
+            return ['python', '-c', f'from clipdino.lm import small_lm; small_lm({", ".join(map(json.dumps, self.parameters.values()))})']
         given = [a for k, v in self.parameters.items() for a in ('-p', k, str(v))]
-        return ['papermill', f'nbs/{RUNS[self.kind].notebook}.ipynb', f'runs/{self.name}.ipynb', '--log-output', '--no-progress-bar', *given]
+        return ['papermill', f'nbs/{RUNS[self.kind].notebook}.ipynb', f'runs/{self.name}.ipynb', '--log-output', '--no-progress-bar',
+                *given]
 
     def state(self)->str:
         "complete, started or new; refuses a folder that was made with other settings"
@@ -79,7 +81,8 @@ class Job:
 def times(k): return lambda v, run: int(k*v)
 def as_dear_as(objective): return lambda v, run: samples_at_cost_of(run, objective)
 def another_llm(v, run):
-    check(v in (known := dict(world='world:wide', **{'lmsys/vicuna-7b-v1.5': 'Qwen/Qwen2-7B-Instruct'})), f'the study llm knows a second language model beside {" and ".join(known)}, not beside llm={v}')
+    check(v in (known := dict(world='world:wide', **{'lmsys/vicuna-7b-v1.5': 'Qwen/Qwen2-7B-Instruct'})),
+          f'the study llm knows a second language model beside {" and ".join(known)}, not beside llm={v}')
     return known[v]
 
 @dataclass(frozen=True)
@@ -98,7 +101,8 @@ STUDIES = dict(
     early=Study(('clip',), pretrain=(dict(samples=times(1/8), warmup=.8),), beside=('dino',)),
     compute=Study(('dino',), pretrain=(dict(samples=as_dear_as('clip')),), beside=('clip',)),
     hybrid=Study(('hybrid',), beside=('clip', 'dino')),
-    scale=Study(('clip', 'dino'), pretrain=tuple(dict(images=times(k)) for k in (1/16, 1/4, 4)), kinds=('pretrain', 'probe', 'vlm', 'score')),
+    scale=Study(('clip', 'dino'), pretrain=tuple(dict(images=times(k)) for k in (1/16, 1/4, 4)),
+                kinds=('pretrain', 'probe', 'vlm', 'score')),
     captions=Study(('clip',), pretrain=tuple(dict(captions=c) for c in POLICIES if c != 'web'), beside=('clip', 'dino')),
     stage1=Study(('clip', 'dino'), vlm=(dict(stage1_samples=times(1/8)),), kinds=('vlm', 'score'), untrained=True),
     stage2=Study(('clip', 'dino'), vlm=(dict(stage2_samples=times(4)),), kinds=('vlm', 'score'), untrained=True),
@@ -134,7 +138,8 @@ class Grid(Settings):
             check(listed(getattr(self, f)), f'{f} names none of {", ".join(allowed)}')
             for v in listed(getattr(self, f)): one_of(f, v, allowed)
             check(len(set(listed(getattr(self, f)))) == len(listed(getattr(self, f))), f'{f}={getattr(self, f)} names one twice')
-        for f, low in dict(seeds=1, first_seed=0, workers=0, threads=0).items(): check(getattr(self, f) >= low, f'{f}={getattr(self, f)} must be at least {low}')
+        for f, low in dict(seeds=1, first_seed=0, workers=0, threads=0).items():
+            check(getattr(self, f) >= low, f'{f}={getattr(self, f)} must be at least {low}')
         check(self.slurm or not (self.submit or self.options or self.options_one), 'submit and options are for slurm=true')
         for f in 'given', 'options', 'options_one': words(f, getattr(self, f))
 
@@ -142,7 +147,8 @@ def settings(preset:str='mini', **given)->Grid:
     "The settings of a grid"
     return Grid.make(dict.fromkeys(PRESETS, {}), preset, **given)
 
-PLANNED = 'preset', 'seed', 'name', 'objective', 'encoder', 'encoders', 'vlm', 'against', 'blind'  # settings that tell the runs of a grid apart
+# settings that tell the runs of a grid apart
+PLANNED = 'preset', 'seed', 'name', 'objective', 'encoder', 'encoders', 'vlm', 'against', 'blind'
 
 def given_to(grid:Grid)->dict: # kind -> its settings
     "What `given` says, as papermill would read it"
@@ -182,10 +188,13 @@ class Plan:
     def changed(self, kind:str, changes:dict, **parameters)->dict:
         "The parameters of a run with a study's changes, and what its name ends with"
         before = RUNS[kind].settings(self.grid.preset, **{**self.given_here(kind, parameters), **parameters})
-        check(not {'images', 'captions'} & set(changes) or before.data == 'world', f'{", ".join(changes)} can only be changed in the world, and pretrain.data={getattr(before, "data", "")}')
-        for k in (k for k, v in changes.items() if callable(v)): check(getattr(before, k), f'{k}=0 of the preset {self.grid.preset} means all that there is, of which a study can take no multiple: give a number, as in --given "{kind}.{k}=500000"')
+        check(not {'images', 'captions'} & set(changes) or before.data == 'world',
+              f'{", ".join(changes)} can only be changed in the world, and pretrain.data={getattr(before, "data", "")}')
+        for k in (k for k, v in changes.items() if callable(v)):
+            check(getattr(before, k), f'{k}=0 of the preset {self.grid.preset} means all that there is, of which a study can take no multiple: give a number, as in --given "{kind}.{k}=500000"')
         changes = {k: v(getattr(before, k), before) if callable(v) else v for k, v in changes.items()}
-        return dict(parameters, **changes, tag=''.join(f'-{k}-{slug(str(v))}' for k, v in changes.items() if k != 'llm'))  # which folders are named after anyway
+        # which folders are named after anyway
+        return dict(parameters, **changes, tag=''.join(f'-{k}-{slug(str(v))}' for k, v in changes.items() if k != 'llm'))
 
     def encoder(self, objective:str, seed:int, changes:dict={})->str:
         return self.add('pretrain', **self.changed('pretrain', changes, objective=objective, seed=seed))
@@ -219,7 +228,8 @@ class Plan:
 
     def analysis(self, study:str, own:list, beside:list, seed:int):
         encoders = [*beside[:1], *own, *beside[1:]]
-        self.add('analysis', map(trained, encoders), encoders=','.join(encoders), **({} if study == 'main' else dict(name=f'analysis-{study}-{self.grid.preset}-s{seed}')))
+        self.add('analysis', map(trained, encoders), encoders=','.join(encoders),
+                 **({} if study == 'main' else dict(name=f'analysis-{study}-{self.grid.preset}-s{seed}')))
 
 def trained(encoder:str)->str: return encoder.removeprefix('random:')
 
@@ -256,19 +266,22 @@ def events()->list:
         except ValueError: continue
     return rows
 
-def what(job:Job)->str: return job.parameters.get('objective') or job.parameters.get('size') or getattr(job.run, 'llm', '')  # besides kind and preset, how long it takes depends on this
+def what(job:Job)->str: # besides kind and preset, how long it takes depends on this
+    return job.parameters.get('objective') or job.parameters.get('size') or getattr(job.run, 'llm', '')
 
 def collect(rows:list|None=None)->pd.DataFrame: # of `events`; None: those of this folder
     "How long runs took that went through in one go"
     same = ['kind', 'preset', 'what', 'amount', 'threads', 'device']
-    t = pd.DataFrame([r for r in (events() if rows is None else rows) if r['event'] == 'done' and r['before'] == 'new'], columns=[*same, 'seconds'])
+    t = pd.DataFrame([r for r in (events() if rows is None else rows) if r['event'] == 'done' and r['before'] == 'new'],
+                     columns=[*same, 'seconds'])
     return t.groupby(same, sort=False).seconds.agg(['median', 'size']).round(1).reset_index().rename(columns=dict(median='seconds', size='runs'))
 
 @cache
 def device()->str:
     "What this machine computes on; asked of another process where it is a GPU, so that this one takes none of its memory"
     if not torch.cuda.device_count(): return environment()['device']
-    return subprocess.run([sys.executable, '-c', 'import torch; print(torch.cuda.get_device_name())'], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run([sys.executable, '-c', 'import torch; print(torch.cuda.get_device_name())'], capture_output=True, text=True,
+                          check=True).stdout.strip()
 
 def measured()->pd.DataFrame:
     "All that is known of how long runs take: here, and in the table that comes with the repository"
@@ -323,8 +336,11 @@ def cost(jobs:list, states:dict, expected:dict)->pd.DataFrame:
         of = [j for j in jobs if j.kind == kind]
         todo = [j for j in of if states[j.name] != 'complete']
         known = [expected[j.name] for j in todo if j.name in expected]
-        if of: rows.append(dict(kind=kind, complete=len(of) - len(todo), started=sum(states[j.name] == 'started' for j in todo), to_do=len(todo), amount=sum(RUNS[kind].amount(j.run) for j in todo), unit=RUNS[kind].unit,
-                                hours=round(sum(s for s, _ in known)/3600, 2), unknown=len(todo) - len(known), measured_on=', '.join(dict.fromkeys(d for _, d in known))))
+        if of:
+            rows.append(dict(kind=kind, complete=len(of) - len(todo), started=sum(states[j.name] == 'started' for j in todo),
+                             to_do=len(todo), amount=sum(RUNS[kind].amount(j.run) for j in todo), unit=RUNS[kind].unit,
+                             hours=round(sum(s for s, _ in known)/3600, 2), unknown=len(todo) - len(known),
+                             measured_on=', '.join(dict.fromkeys(d for _, d in known))))
     return pd.DataFrame(rows).set_index('kind')
 
 # %% ../nbs/07_grid.ipynb #d4fb7736
@@ -400,7 +416,8 @@ class Engine:
                 log.write(f'{time.strftime("%Y-%m-%d %H:%M:%S")}  {shlex.join(job.command)}\n'.encode())
                 log.flush()
                 slot = self.free[0]
-                process = subprocess.Popen(job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=surroundings(**slot), cwd=root())
+                process = subprocess.Popen(job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                                           env=surroundings(**slot), cwd=root())
             except (SettingsError, OSError) as e: return self.fail(job, str(e))
         self.free.remove(slot)
         self.going[job.name] = Going(process, slot, before, time.time())
@@ -432,11 +449,13 @@ class Engine:
 
     def note(self, event:str, job:Job, **more):
         "Write an event down, and say it"
-        row = dict(event=event, run=job.name, kind=job.kind, preset=job.parameters['preset'], what=what(job), amount=RUNS[job.kind].amount(job.run), **more, at=time.strftime('%Y-%m-%d %H:%M:%S'))
+        row = dict(event=event, run=job.name, kind=job.kind, preset=job.parameters['preset'], what=what(job),
+                   amount=RUNS[job.kind].amount(job.run), **more, at=time.strftime('%Y-%m-%d %H:%M:%S'))
         with writing(path := runs_dir()/'grid.jsonl'), open(path, 'a+b') as f:
             whole = not f.tell() or not f.seek(-1, os.SEEK_END) or f.read() == b'\n'
             f.write(('\n'*(not whole) + json.dumps(row) + '\n').encode())
-        how = dict(started=lambda: 'goes on' if more['before'] == 'started' else 'starts', done=lambda: f'is complete, after {span(more["seconds"])}' if 'seconds' in more else 'was completed by another process',
+        how = dict(started=lambda: 'goes on' if more['before'] == 'started' else 'starts',
+                   done=lambda: f'is complete, after {span(more["seconds"])}' if 'seconds' in more else 'was completed by another process',
                    failed=lambda: f'failed: {more["why"]}', skipped=lambda: f'is skipped: it needs {more["needs"]}')[event]()
         say(f'{len(self.done):3}/{len(self.jobs)}  {job.name} {how}' + (f';  {self.left()}' if event == 'done' else ''))
 
@@ -453,7 +472,8 @@ class Engine:
         try:
             for g in self.going.values(): g.process.send_signal(signal.SIGINT)  # on which papermill ends its kernel too
             until = time.time() + self.grace
-            while time.time() < until and any(g.process.poll() is None or held(runs_dir()/f'{n}.log') for n, g in self.going.items()): time.sleep(self.poll)
+            while time.time() < until and any(g.process.poll() is None or held(runs_dir()/f'{n}.log') for n, g in self.going.items()):
+                time.sleep(self.poll)
         finally:
             for g in self.going.values(): g.process.kill(), g.process.wait()
 
@@ -468,8 +488,10 @@ def sbatch(job:Job, ids:dict, grid:Grid)->list: # name -> id of jobs in the queu
     "The command that submits a job, after those it needs"
     options = grid.options if job.kind in ('pretrain', 'vlm') or not grid.options_one else grid.options_one
     after = [ids[n] for n in job.needs if n in ids]
-    return ['sbatch', '--parsable', f'--job-name={job.name}', f'--output=runs/{job.name}.log', '--open-mode=append', '--requeue', '--kill-on-invalid-dep=yes',
-            *([f'--dependency=afterok:{":".join(after)}'] if after else []), *words('options', options), f'--wrap={shlex.join(job.command)}']
+    return ['sbatch', '--parsable', f'--job-name={job.name}', f'--output=runs/{job.name}.log', '--open-mode=append', '--requeue',
+            '--kill-on-invalid-dep=yes',
+            *([f'--dependency=afterok:{":".join(after)}'] if after else []), *words('options', options),
+            f'--wrap={shlex.join(job.command)}']
 
 def script(jobs:list, grid:Grid)->list: # those to do, each after what it needs
     "The lines of a shell script that submits them all"
@@ -512,7 +534,8 @@ def run_grid(grid:Grid)->dict:
     unknown = sum(j.name not in seconds for j in todo)
     here = '' if grid.slurm else f', {("about", "at least")[unknown > 0]} {span(wall(todo, seconds, len(own)))} with {len(own)} at once and {many(threads, "thread")} each'
     say(f'{many(len(todo), "run")} to do, {len(all_) - len(todo)} complete: {span(sum(seconds.get(j.name, 0) for j in todo))} of work{here}' + f', besides {many(unknown, "run")} of unknown length'*(unknown > 0))
-    if old := older(all_, found): say(f'{len(old)} results are older than those they were made from: {", ".join(old)}; delete these folders to make them again')
+    if old := older(all_, found):
+        say(f'{len(old)} results are older than those they were made from: {", ".join(old)}; delete these folders to make them again')
     if in_test(): todo = []  # nothing is started
     if not grid.slurm: return Engine(todo, own)()
     if grid.submit: return dict(submitted=submit(todo, grid))

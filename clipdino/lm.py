@@ -42,7 +42,8 @@ class SmallLM(Settings):
     batch: int = 64  # documents per step
     lr: float = 3e-3
 
-SIZES = dict(smoke=dict(width=32, layers=2, heads=2, docs=128, batch=16), mini={}, small=dict(width=384, layers=8, heads=6, docs=2_000_000, batch=256, lr=1e-3))
+SIZES = dict(smoke=dict(width=32, layers=2, heads=2, docs=128, batch=16), mini={},
+             small=dict(width=384, layers=8, heads=6, docs=2_000_000, batch=256, lr=1e-3))
 
 # %% ../nbs/05_lm.ipynb #603308dc
 FORMS = dict(letter=.3, name=.1, text=.15, both=.1, key=.15, check=.2)  # shares of the forms of a turn
@@ -75,8 +76,10 @@ def document(scene, row:dict, rng, early:bool=False)->list: # [(user, assistant)
 
 class Documents:
     "Documents about scenes of the `train` split: a function of seed and index. The first `early` are about options alone"
-    def __init__(self, seed:int, early:int=0): self.questions, self.seed, self.early = WorldVQA('train', 1, seed=seed + 1_000_000), seed, early
-    def __call__(self, ids)->list: return [document(s, row, np_rng(self.seed, int(i)), i < self.early) for i, (s, row) in zip(ids, self.questions.made(ids))]
+    def __init__(self, seed:int, early:int=0):
+        self.questions, self.seed, self.early = WorldVQA('train', 1, seed=seed + 1_000_000), seed, early
+    def __call__(self, ids)->list:
+        return [document(s, row, np_rng(self.seed, int(i)), i < self.early) for i, (s, row) in zip(ids, self.questions.made(ids))]
 
 # %% ../nbs/05_lm.ipynb #d2412db6
 SPECIAL = '<pad>', '<s>', '<|end|>', '<|system|>', '<|user|>', '<|assistant|>', MARK
@@ -84,7 +87,8 @@ TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>' + m.co
 
 def units()->list:
     "Pieces of text that may become one token although they hold spaces"
-    phrases = ['\nOptions:\nA.', *(f'\n{l}.' for l in LETTERS[1:]), *(f'\n{s}' for s in (INSTRUCTION, SHORT, BOTH, CHECK)), KEY, 'Question:', ' per cent']
+    phrases = ['\nOptions:\nA.', *(f'\n{l}.' for l in LETTERS[1:]), *(f'\n{s}' for s in (INSTRUCTION, SHORT, BOTH, CHECK)), KEY,
+               'Question:', ' per cent']
     names = sorted((n for n in (*NAMES, *POSITIONS) if not n.isalpha()), key=len, reverse=True)
     return [*map(re.escape, phrases), f' ?(?:{"|".join(map(re.escape, names))})']
 
@@ -92,16 +96,22 @@ def make_tokenizer(texts, vocab:int=4096)->PreTrainedTokenizerFast:
     "A byte-level BPE tokenizer with a chat template"
     t = Tokenizer(models.BPE())
     words = Regex('|'.join([*units(), r'\n', r' ?\p{L}+', r' ?\p{N}+', r' ?[^\s\p{L}\p{N}]+', r'\s']))
-    t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, 'isolated'), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(words, 'isolated'),
+                                               pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     t.decoder = decoders.ByteLevel()
-    t.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab, min_frequency=2, special_tokens=list(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', bos_token='<s>', eos_token='<|end|>', additional_special_tokens=[MARK], chat_template=TEMPLATE, padding_side='left', clean_up_tokenization_spaces=False)
+    t.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab, min_frequency=2, special_tokens=list(SPECIAL),
+                                                     initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', bos_token='<s>', eos_token='<|end|>',
+                                   additional_special_tokens=[MARK], chat_template=TEMPLATE, padding_side='left',
+                                   clean_up_tokenization_spaces=False)
 
 # %% ../nbs/05_lm.ipynb #5669fcf9
 def small_model(run:SmallLM, tokenizer)->nn.Module:
     "The model before training: a function of its size and seed"
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=run.width, intermediate_size=3*run.width, num_hidden_layers=run.layers, num_attention_heads=run.heads, num_key_value_heads=run.heads, max_position_embeddings=2048,
-                         tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=run.width, intermediate_size=3*run.width, num_hidden_layers=run.layers,
+                         num_attention_heads=run.heads, num_key_value_heads=run.heads, max_position_embeddings=2048,
+                         tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
+                         eos_token_id=tokenizer.eos_token_id)
     model, g = LlamaForCausalLM(config), generator(run.seed, 31)
     for name, w in model.named_parameters():
         if w.ndim < 2: continue
@@ -120,15 +130,19 @@ def batches(run:SmallLM, form:Form, start:int=0, mega:int=16): # step to begin w
         made = form([(d, False) for d in documents(range(a*run.batch, (a + n)*run.batch))])
         made.sort(key=lambda d: len(d[0]))
         for k in order[max(start - a, 0):]:
-            part = [(torch.from_numpy(ids), torch.from_numpy(np.where(loss, 1., .1)).float()) for ids, loss in made[k*run.batch:(k + 1)*run.batch]]
+            part = [(torch.from_numpy(ids), torch.from_numpy(np.where(loss, 1., .1)).float())
+                    for ids, loss in made[k*run.batch:(k + 1)*run.batch]]
             yield [nn.utils.rnn.pad_sequence(list(v), batch_first=True) for v in zip(*part)]
 
 class Both:
     "Two optimisers, whose state is saved as that of one"
     def __init__(self, *opts): self.opts = opts
-    def state_dict(self)->dict: return dict(state={1000*i + k: s for i, o in enumerate(self.opts) for k, s in o.state_dict()['state'].items()}, param_groups=None)
+    def state_dict(self)->dict:
+        return dict(state={1000*i + k: s for i, o in enumerate(self.opts) for k, s in o.state_dict()['state'].items()}, param_groups=None)
     def load_state_dict(self, d:dict):
-        for i, o in enumerate(self.opts): o.load_state_dict(dict(state={k % 1000: s for k, s in d['state'].items() if k//1000 == i}, param_groups=o.state_dict()['param_groups']))
+        for i, o in enumerate(self.opts):
+            o.load_state_dict(dict(state={k % 1000: s for k, s in d['state'].items() if k//1000 == i},
+                                   param_groups=o.state_dict()['param_groups']))
 
 def train_small(run:SmallLM, tokenizer, device='cpu', folder:Path|None=None, every:int=250)->nn.Module: # where it saves its state, after so many steps; None: nowhere
     "The model after training, which goes on from what `folder` has"
@@ -141,12 +155,14 @@ def train_small(run:SmallLM, tokenizer, device='cpu', folder:Path|None=None, eve
     for step, (ids, weights) in enumerate(prefetch(batches(run, form, start)), start + 1):
         ids, weights = ids.to(device), weights.to(device)
         weights[torch.isin(ids, letters) & (weights == 1)] = 3.  # what all else is for
-        for g in (g for o in opts for g in o.param_groups): g['lr'] = run.lr*min(step/100, 1, 2*(1 - (step - 1)/steps))  # up, level, and down over the second half
+        for g in (g for o in opts for g in o.param_groups):
+            g['lr'] = run.lr*min(step/100, 1, 2*(1 - (step - 1)/steps))  # up, level, and down over the second half
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda): logits = model(ids[:, :-1]).logits
         losses = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction='none')
         loss = (losses*weights[:, 1:].flatten()).sum()/weights[:, 1:].sum()
         loss.backward()
-        check(nn.utils.clip_grad_norm_(model.parameters(), 1.).isfinite(), f'the small language model does not train: its gradient is not finite at step {step}')
+        check(nn.utils.clip_grad_norm_(model.parameters(), 1.).isfinite(),
+              f'the small language model does not train: its gradient is not finite at step {step}')
         for o in opts: o.step(), o.zero_grad()
         if shown.due(step): shown(step, loss=loss.item(), of='the small language model')
         if folder and step % every == 0 and step < steps: save_state(folder, model.model, Both(*opts), step)

@@ -42,7 +42,8 @@ class ConvStem(nn.Module):
         self.set_input_size((img_size, img_size) if isinstance(img_size, int) else img_size)
         widths = in_chans, embed_dim//4, embed_dim//2, embed_dim
         self.layers = nn.Sequential()
-        for a, b in zip(widths, widths[1:-1]): self.layers += nn.Sequential(nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.GroupNorm(1, b), nn.GELU())
+        for a, b in zip(widths, widths[1:-1]):
+            self.layers += nn.Sequential(nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.GroupNorm(1, b), nn.GELU())
         self.layers += nn.Sequential(nn.Conv2d(widths[-2], embed_dim, 3, 2, 1))
 
     def set_input_size(self, img_size, patch_size=None):
@@ -116,14 +117,16 @@ def make_encoder(arch:str, # a timm ViT
     for i, b in enumerate(encoder.blocks if drop_path else ()):
         if i: b.drop_path1, b.drop_path2 = (DropPath(drop_path*i/(len(encoder.blocks) - 1), 2*i + k) for k in (0, 1))
     last = encoder.blocks[-1]
-    if class_only and encoder.global_pool == 'token' and not hasattr(encoder, 'dist_token') and type(last) is Block and type(last.attn) is Attention and getattr(last.attn, 'gate', None) is None: last.__class__ = LastBlock
+    if class_only and encoder.global_pool == 'token' and not hasattr(encoder, 'dist_token') and type(last) is Block and type(last.attn) is Attention and getattr(last.attn, 'gate', None) is None:
+        last.__class__ = LastBlock
     return encoder
 
 def patch_of(arch:str)->int:
     "Patch size of a timm ViT, px, without weights; refuses what is no VisionTransformer with a class token and square patches"
     check(timm.is_model(arch), f'arch={arch!r} is no timm model; timm.list_models("vit*") names some')
     with torch.device('meta'): m = timm.create_model(arch, num_classes=0)
-    check(isinstance(m, VisionTransformer) and m.cls_token is not None, f'arch={arch!r} is a {type(m).__name__}, and must be one of timm\'s VisionTransformers with a class token')
+    check(isinstance(m, VisionTransformer) and m.cls_token is not None,
+          f'arch={arch!r} is a {type(m).__name__}, and must be one of timm\'s VisionTransformers with a class token')
     height, width = m.patch_embed.patch_size
     check(height == width, f'arch={arch!r} has patches of {height} x {width} px, and they must be square')
     return width
@@ -187,9 +190,12 @@ def layers_of(lm:nn.Module)->nn.ModuleList:
 def text_config(name:str, unlocked:int):
     "Configuration of a text model, whose weights are not read; refuses one that is not there or has fewer than `unlocked` layers"
     try: config = AutoConfig.from_pretrained(text_folder(name))
-    except (OSError, ValueError) as e: raise SettingsError(f'text_model={name!r} is neither a folder nor to be had from the hub: {str(e).splitlines()[0]}') from None
-    check(hasattr(config, 'vocab_size') and hasattr(config, 'num_hidden_layers') and not config.is_encoder_decoder, f'text_model={name!r} is a {config.model_type}, and must be a language model of one stack of layers, such as BERT, RoBERTa or MiniLM')
-    check(0 <= unlocked <= config.num_hidden_layers, f'unlocked={unlocked} must be from 0 to {config.num_hidden_layers}, the layers of {name}')
+    except (OSError, ValueError) as e:
+        raise SettingsError(f'text_model={name!r} is neither a folder nor to be had from the hub: {str(e).splitlines()[0]}') from None
+    check(hasattr(config, 'vocab_size') and hasattr(config, 'num_hidden_layers') and not config.is_encoder_decoder,
+          f'text_model={name!r} is a {config.model_type}, and must be a language model of one stack of layers, such as BERT, RoBERTa or MiniLM')
+    check(0 <= unlocked <= config.num_hidden_layers,
+          f'unlocked={unlocked} must be from 0 to {config.num_hidden_layers}, the layers of {name}')
     return config
 
 class PretrainedText(nn.Module):
@@ -208,7 +214,8 @@ class PretrainedText(nn.Module):
         for layer in list(layers)[len(layers) - unlocked:]: layer.requires_grad_(True)
 
     def tokenize(self, captions:list)->torch.Tensor: # (B, 2, L): ids and mask
-        t = self.tokenizer(captions, padding='max_length', padding_side='right', truncation=True, max_length=self.context, return_tensors='pt')
+        t = self.tokenizer(captions, padding='max_length', padding_side='right', truncation=True, max_length=self.context,
+                           return_tensors='pt')
         mask = trim(t.attention_mask)
         return torch.stack([t.input_ids[:, :mask.shape[1]], mask], 1)
 
@@ -417,7 +424,8 @@ class DINO(Objective):
         "Loss; the targets' entropy, their divergence from the student, and what they say of the picture, in nats"
         n = t.shape[1]
         s, w_s, w_t, rows = self.head.embed(h).unflatten(0, (self.views, n)), self.head.weight(), self.teacher_head.weight(), self.micro or n
-        parts = [checkpoint(self.scores, a, b, w_s, w_t, use_reentrant=False) if rows < n else self.scores(a, b, w_s, w_t) for a, b in zip(s.split(rows, 1), t.split(rows, 1))]
+        parts = [checkpoint(self.scores, a, b, w_s, w_t, use_reentrant=False) if rows < n else self.scores(a, b, w_s, w_t)
+                 for a, b in zip(s.split(rows, 1), t.split(rows, 1))]
         loss, entropy, q = (sum(p)/n for p in zip(*parts))
         return dict(loss=loss, entropy=entropy, kl=loss.detach() - entropy, information=torch.special.entr(q/2).sum() - entropy)
 
@@ -431,8 +439,10 @@ class DINO(Objective):
         "Collapse (Caron et al., 2021, section 5.3): the targets are the same for every picture"
         top = math.log(len(self.centre))
         if values['information'] > .01*top: return ''
-        if values['entropy'] > .99*top: return f'the targets are uniform and the loss stands at ln({len(self.centre)}) = {top:.2f}: sharpen them (lower teacher_temp), or lower lr or momentum'
-        if values['entropy'] < .01*top: return 'all pictures go to one prototype: centre more (lower centre_momentum), or sharpen less (raise teacher_temp)'
+        if values['entropy'] > .99*top:
+            return f'the targets are uniform and the loss stands at ln({len(self.centre)}) = {top:.2f}: sharpen them (lower teacher_temp), or lower lr or momentum'
+        if values['entropy'] < .01*top:
+            return 'all pictures go to one prototype: centre more (lower centre_momentum), or sharpen less (raise teacher_temp)'
         return 'the targets are the same for all pictures: the teacher has learnt nothing yet, or has collapsed'
 
     def before_step(self):
@@ -446,7 +456,8 @@ class DINO(Objective):
         batch = F.linear(self.mean, self.teacher_head.weight())  # mean teacher output, since the last layer is linear
         self.centre.copy_(torch.where(ok > 0, self.centre.lerp(batch, 1 - self.centre_momentum), self.centre))
         step = ok*(1 - cosine(self.momentum, 1., done))
-        teacher, student = ([p for m in ms for p in m.parameters()] for ms in ((self.teacher, self.teacher_head), (self.encoder, self.head)))
+        teacher, student = ([p for m in ms for p in m.parameters()]
+                            for ms in ((self.teacher, self.teacher_head), (self.encoder, self.head)))
         d = torch._foreach_sub(student, teacher)
         torch._foreach_mul_(d, step)
         torch._foreach_add_(teacher, d)
@@ -464,6 +475,7 @@ class Hybrid(Contrastive, DINO):
         t = self.embed_teacher(views[0])
         h, c = self.student(views, keys), in_parts(self.embed_text, self.micro, tokens)
         dino, clip = self.distil(h, t), sum(self.match(x, c) for x in self.joint(h[:len(views[0])]).chunk(2))/2
-        return dict(dino, loss=self.clip_weight*clip + self.dino_weight*dino['loss'], loss_clip=clip.detach(), loss_dino=dino['loss'].detach(), scale=self.log_scale.detach().exp())
+        return dict(dino, loss=self.clip_weight*clip + self.dino_weight*dino['loss'], loss_clip=clip.detach(),
+                    loss_dino=dino['loss'].detach(), scale=self.log_scale.detach().exp())
 
     def after_step(self, done, ok): Contrastive.after_step(self, done, ok), DINO.after_step(self, done, ok)

@@ -41,7 +41,8 @@ class Pairs:
         self.same = a2 is None
         self.a, self.b = unit(a, device), unit(b, device)
         self.a2, self.b2 = (self.a, self.b) if self.same else (unit(a2, device), unit(b2, device))
-        check(len(self.a) == len(self.b) and len(self.a2) == len(self.b2), f'the encoders have features of {len(self.a)} and {len(self.b)} pictures (and {len(self.a2)} and {len(self.b2)} others); they must be the same pictures')
+        check(len(self.a) == len(self.b) and len(self.a2) == len(self.b2),
+              f'the encoders have features of {len(self.a)} and {len(self.b)} pictures (and {len(self.a2)} and {len(self.b2)} others); they must be the same pictures')
         self.device, self.n, self.m = device, len(self.a), len(self.a2)
 
     def __len__(self): return self.n*(self.n - 1)//2 if self.same else self.n*self.m
@@ -68,7 +69,8 @@ class Pairs:
         "Yields side (0, 1), i, j, s_a, s_b of the pairs that pass, block by block, in single precision"
         out = [torch.empty(TILE, device=self.device) for _ in range(3)]
         for r in range(0, self.n, TILE[0]):
-            for c in range(r//TILE[1]*TILE[1] if self.same else 0, self.m, TILE[1]): # of one set with itself, blocks that reach above the diagonal
+            # of one set with itself, blocks that reach above the diagonal
+            for c in range(r//TILE[1]*TILE[1] if self.same else 0, self.m, TILE[1]):
                 h, w = min(TILE[0], self.n - r), min(TILE[1], self.m - c)
                 sa, sb, spare = (o.view(-1)[:h*w].view(h, w) for o in out)
                 torch.mm(self.a[r:r + h], self.a2[c:c + w].T, out=sa), torch.mm(self.b[r:r + h], self.b2[c:c + w].T, out=sb)
@@ -145,7 +147,8 @@ def by_ranks(pairs:Pairs, k:int=1000, seed:int=0)->dict: # side -> table of k pa
         for side in 0, 1: take(side, i, j, sa, sb)
     else:
         score = a(sa) - b(sb)
-        for best, v in zip(sides, (score, -score)): best.bar = v.topk(k).values[-1].item() - 1e-9  # the k best of some pairs are a bar for all
+        for best, v in zip(sides, (score, -score)):
+            best.bar = v.topk(k).values[-1].item() - 1e-9  # the k best of some pairs are a bar for all
         for side, i, j, *_ in pairs.passing(limits): take(side, i, j, *pairs.similarities(i, j))
     return dict(first=sides[0].table(), second=sides[1].table())
 
@@ -170,5 +173,6 @@ def shared(t:pd.DataFrame, labels:dict)->pd.DataFrame: # factor -> (n,) labels, 
         total = counts.sum()
         if total < 2 or not n: continue
         low, high = wilson(same, n)
-        rows.append(dict(factor=factor, share=same/n, low=low, high=high, pairs=n, of_all=float((counts*(counts - 1)).sum()/(total*(total - 1)))))
+        rows.append(dict(factor=factor, share=same/n, low=low, high=high, pairs=n,
+                         of_all=float((counts*(counts - 1)).sum()/(total*(total - 1)))))
     return pd.DataFrame(rows, columns=['factor', 'share', 'low', 'high', 'pairs', 'of_all'])

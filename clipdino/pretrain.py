@@ -145,9 +145,11 @@ class Pretrain(HybridSettings, DINOSettings, TextSettings):
     def steps(self)->int: return self.samples//self.batch
 
 # %% ../nbs/02_pretrain.ipynb #61b7232b
-_CHOICES = dict(preset=PRESETS, captions=POLICIES, augment=('device', 'workers'), precision=('auto', 'fp32', 'bf16', 'fp64'), compile=('auto', 'on', 'off'),
+_CHOICES = dict(preset=PRESETS, captions=POLICIES, augment=('device', 'workers'), precision=('auto', 'fp32', 'bf16', 'fp64'),
+                compile=('auto', 'on', 'off'),
                 clip_per=('model', 'parameter'), tracker=('', 'tensorboard', 'wandb'))
-_LEAST = dict(seed=0, batch=2, micro=0, processes=0, images=2, canvas=16, workers=0, local_crops=0, probes=0, unlocked=0, dim=1, text_width=2, text_layers=1, context=4, prototypes=2, head_hidden=1, bottleneck=1,
+_LEAST = dict(seed=0, batch=2, micro=0, processes=0, images=2, canvas=16, workers=0, local_crops=0, probes=0, unlocked=0, dim=1,
+              text_width=2, text_layers=1, context=4, prototypes=2, head_hidden=1, bottleneck=1,
               save_every=1, lr=0, min_lr=0, weight_decay=0, weight_decay_end=0, clip_weight=0, dino_weight=0)
 _SHARES = 'warmup', 'max_bad', 'momentum', 'warmup_teacher', 'centre_momentum', 'freeze_last'
 _BELOW_1 = 'drop_path', 'beta2'
@@ -164,15 +166,18 @@ def validate(run:Pretrain):
     for f in _POSITIVE: check(v(f) > 0, f'{f}={v(f)} must be above 0')
     check(run.samples >= run.batch, f'samples={run.samples} must be at least one batch, {run.batch}')
     check(0 < run.crop_min <= 1, f'crop_min={run.crop_min} must be above 0 and at most 1')
-    check(0 < run.local_min <= run.local_max <= 1, f'local_min={run.local_min} and local_max={run.local_max} must be in this order, above 0 and at most 1')
+    check(0 < run.local_min <= run.local_max <= 1,
+          f'local_min={run.local_min} and local_max={run.local_max} must be in this order, above 0 and at most 1')
     check(0 <= run.hue <= .5, f'hue={run.hue} must be from 0 to 0.5')
     check(BYTE_TOKENS < run.vocab <= CLIP_VOCAB, f'vocab={run.vocab} must be above {BYTE_TOKENS} and at most {CLIP_VOCAB}')
-    check(run.text_width % text_heads(run.text_width) == 0, f'text_width={run.text_width} must be a multiple of its {text_heads(run.text_width)} heads')
+    check(run.text_width % text_heads(run.text_width) == 0,
+          f'text_width={run.text_width} must be a multiple of its {text_heads(run.text_width)} heads')
     check(run.clip_weight + run.dino_weight > 0, 'clip_weight and dino_weight are both 0; at least one must be above')
     patch = patch_of(run.arch)
     for f in ['image_size'] + ['local_size']*(run.objective in DISTILS and run.local_crops > 0):
         check(v(f) > 0 and v(f) % patch == 0, f'{f}={v(f)} must be a multiple of the patch size of {run.arch}, {patch}')
-    check(not run.tracker or find_spec(run.tracker) is not None, f'tracker={run.tracker} needs the package of that name: pip install {run.tracker}')
+    check(not run.tracker or find_spec(run.tracker) is not None,
+          f'tracker={run.tracker} needs the package of that name: pip install {run.tracker}')
 
 def launched()->bool: # by torchrun, or by accelerate
     return 'LOCAL_RANK' in os.environ or 'ACCELERATE_MIXED_PRECISION' in os.environ
@@ -195,17 +200,21 @@ def unused(objective:str)->list:
 
 def check_inputs(run:Pretrain):
     "Refuse a run that can't be split over its processes, or whose shards or text model are not there"
-    check(os.environ.get('ACCELERATE_USE_FSDP', 'false') != 'true', 'accelerate launch --use_fsdp would split weights that every process needs whole: launch without it')
+    check(os.environ.get('ACCELERATE_USE_FSDP', 'false') != 'true',
+          'accelerate launch --use_fsdp would split weights that every process needs whole: launch without it')
     check(run.data != '', 'data is empty: give image-text shards with -p data, or world')
-    check(not run.eval_data or is_joint(run.objective), f'eval_data is for objectives with images and captions in one space, and {run.objective} has none')
+    check(not run.eval_data or is_joint(run.objective),
+          f'eval_data is for objectives with images and captions in one space, and {run.objective} has none')
     usual = settings(run.preset, run.objective)
     vain = [f for f in unused(run.objective) if getattr(run, f) != getattr(usual, f)]
     check(not vain, f'{", ".join(vain)}: {run.objective} has no use for it; leave it out, or take another objective')
     if run.data != 'world':
-        for f in ('captions', 'images'): check(getattr(run, f) == getattr(usual, f), f'{f}={getattr(run, f)} is for data=world; shards have the {f} that are in them')
+        for f in ('captions', 'images'):
+            check(getattr(run, f) == getattr(usual, f), f'{f}={getattr(run, f)} is for data=world; shards have the {f} that are in them')
     n = world_size(run)
     check(run.batch % n == 0, f'batch={run.batch} must be a multiple of the {n} processes')
-    check(launched() or run.processes <= (torch.cuda.device_count() or run.processes), f'processes={run.processes}, but this machine has {torch.cuda.device_count()} GPUs for them')
+    check(launched() or run.processes <= (torch.cuda.device_count() or run.processes),
+          f'processes={run.processes}, but this machine has {torch.cuda.device_count()} GPUs for them')
     if run.objective == 'clip-lm': text_config(run.text_model, run.unlocked)
     if run.data != 'world': expand(run.data)
     if run.eval_data: Shards(run.eval_data, run.canvas)
@@ -213,31 +222,44 @@ def check_inputs(run:Pretrain):
         for split in 'train', 'test': open_set(run.probe_data, split, 1)
 
 # %% ../nbs/02_pretrain.ipynb #3a55fe4f
-SMOKE = dict(images=128, canvas=32, samples=128, batch=16, arch='clipdino_vit_smoke', dim=32, text_width=32, text_layers=1, vocab=1024, local_crops=2, prototypes=32,
+SMOKE = dict(images=128, canvas=32, samples=128, batch=16, arch='clipdino_vit_smoke', dim=32, text_width=32, text_layers=1, vocab=1024,
+             local_crops=2, prototypes=32,
              head_hidden=32, bottleneck=16, compile='off', probes=1, save_every=64)
 MINI = {}
-SMALL = dict(images=262144, canvas=144, samples=3_145_728, batch=1024, image_size=128, arch='vit_small_patch16_224', dim=384, text_width=384, text_layers=6, vocab=8192,
-             local_size=64, local_crops=8, prototypes=8192, head_hidden=2048, bottleneck=256, momentum=.99, probes=8, save_every=524288, workers=8)
-PAPER = dict(data='', canvas=384, samples=245_760_000, batch=8192, micro=256, lr=1e-3, min_lr=0., warmup=1000/30000, beta2=.95, eps=1e-6, weight_decay=.2, weight_decay_end=.2,
-             image_size=224, arch='vit_base_patch16_224', dim=512, text_width=512, text_layers=12, vocab=CLIP_VOCAB, context=77, text_model='roberta-base', unlocked=10,
+SMALL = dict(images=262144, canvas=144, samples=3_145_728, batch=1024, image_size=128, arch='vit_small_patch16_224', dim=384,
+             text_width=384, text_layers=6, vocab=8192,
+             local_size=64, local_crops=8, prototypes=8192, head_hidden=2048, bottleneck=256, momentum=.99, probes=8, save_every=524288,
+             workers=8)
+PAPER = dict(data='', canvas=384, samples=245_760_000, batch=8192, micro=256, lr=1e-3, min_lr=0., warmup=1000/30000, beta2=.95, eps=1e-6,
+             weight_decay=.2, weight_decay_end=.2,
+             image_size=224, arch='vit_base_patch16_224', dim=512, text_width=512, text_layers=12, vocab=CLIP_VOCAB, context=77,
+             text_model='roberta-base', unlocked=10,
              local_size=96, local_crops=8, prototypes=65536, head_hidden=2048, bottleneck=256, workers=10, probes=20, save_every=4_096_000)
 VIEW_SETTINGS = 'crop_min', 'local_crops', 'local_size', 'local_min', 'local_max', 'hue'
 DINO_VIEWS = dict(crop_min=.4, local_min=.05, local_max=.4)
 BY_OBJECTIVE = dict(
     smoke=dict(dino=DINO_VIEWS),
-    mini=dict(dino=dict(DINO_VIEWS, local_crops=0, hue=.5, head_norm=True, batch=32, lr=5e-4, weight_decay=.04, weight_decay_end=.04, prototypes=1024, warmup_teacher_temp=.02, warmup_teacher=.3)),
-    small=dict(dino=dict(DINO_VIEWS, local_crops=0, hue=.5, head_norm=True, weight_decay=.04, weight_decay_end=.04, warmup_teacher_temp=.02, warmup_teacher=.3)),
-    paper=dict(dino=dict(DINO_VIEWS, batch=1024, lr=2e-3, min_lr=1e-6, warmup=.1, beta2=.999, eps=1e-8, weight_decay=.04, weight_decay_end=.4, clip_grad=3., clip_per='parameter',
+    mini=dict(dino=dict(DINO_VIEWS, local_crops=0, hue=.5, head_norm=True, batch=32, lr=5e-4, weight_decay=.04, weight_decay_end=.04,
+                        prototypes=1024, warmup_teacher_temp=.02, warmup_teacher=.3)),
+    small=dict(dino=dict(DINO_VIEWS, local_crops=0, hue=.5, head_norm=True, weight_decay=.04, weight_decay_end=.04,
+                         warmup_teacher_temp=.02, warmup_teacher=.3)),
+    paper=dict(dino=dict(DINO_VIEWS, batch=1024, lr=2e-3, min_lr=1e-6, warmup=.1, beta2=.999, eps=1e-8, weight_decay=.04,
+                         weight_decay_end=.4, clip_grad=3., clip_per='parameter',
                          drop_path=.1, momentum=.996, freeze_last=1/20)))
-for by in BY_OBJECTIVE.values(): by['hybrid'] = {k: v for k, v in by['dino'].items() if k in ('crop_min', *(f.name for f in fields(DINOSettings)))}
+for by in BY_OBJECTIVE.values():
+    by['hybrid'] = {k: v for k, v in by['dino'].items() if k in ('crop_min', *(f.name for f in fields(DINOSettings)))}
 
 SOURCES = dict(  # of the values of the `paper` preset; "the paper" is arXiv 2510.11835
-    data='the paper: a subset of DataComp; its authors name DataComp-12M', samples='ml-mobileclip: 30,000 iterations of 8,192, 19 passes over 12.8M; the paper: 20 epochs', arch='the paper',
+    data='the paper: a subset of DataComp; its authors name DataComp-12M',
+    samples='ml-mobileclip: 30,000 iterations of 8,192, 19 passes over 12.8M; the paper: 20 epochs', arch='the paper',
     image_size='open_clip and DINO repository', canvas='ours: JPEGs are decoded to at most this before they are cropped',
-    batch='CLIP: ml-mobileclip, run_datacomp12m.sh; DINO: 1,024 in its paper', lr='CLIP: the paper, which has 1e-3 for all; DINO: not as in the paper but in its repository, 5e-4 per 256 images',
+    batch='CLIP: ml-mobileclip, run_datacomp12m.sh; DINO: 1,024 in its paper',
+    lr='CLIP: the paper, which has 1e-3 for all; DINO: not as in the paper but in its repository, 5e-4 per 256 images',
     min_lr='open_clip; DINO repository', warmup='CLIP: ml-mobileclip, 1,000 of 30,000 iterations; DINO: its repository, 10 of 100 epochs',
-    eps='CLIP: open_clip; DINO: default of AdamW', beta2='CLIP: ml-mobileclip; DINO: default of AdamW', weight_decay='CLIP: ml-mobileclip; DINO repository',
-    weight_decay_end='CLIP: constant; DINO repository: cosine', clip_grad='ml-mobileclip; DINO repository', clip_per='open_clip; DINO repository',
+    eps='CLIP: open_clip; DINO: default of AdamW', beta2='CLIP: ml-mobileclip; DINO: default of AdamW',
+    weight_decay='CLIP: ml-mobileclip; DINO repository',
+    weight_decay_end='CLIP: constant; DINO repository: cosine', clip_grad='ml-mobileclip; DINO repository',
+    clip_per='open_clip; DINO repository',
     drop_path='open_clip: none; DINO repository', crop_min='open_clip; DINO repository',
     text_model='released checkpoints: RoBERTa', unlocked='released checkpoints: 10, and 4', freeze_last='DINO repository: one epoch',
     **dict.fromkeys((f.name for f in fields(HybridSettings)), 'ours: not tuned'),
@@ -270,18 +292,23 @@ def dtype_of(run:Pretrain):
 def _distilling(run:Pretrain, dim:int)->dict: # of the encoder's class token
     "What DINO adds to an encoder"
     with seeded(run.seed, 3): head = DINOHead(dim, run.prototypes, run.head_hidden, run.bottleneck, run.head_norm)
-    return dict(teacher=make_encoder(run.arch, run.image_size, run.seed, class_only=True), head=head, locals_=run.local_crops, momentum=run.momentum, student_temp=run.student_temp, teacher_temp=run.teacher_temp,
-                warmup_temp=run.warmup_teacher_temp, warmup=run.warmup_teacher, centre_momentum=run.centre_momentum, freeze_last=run.freeze_last)
+    return dict(teacher=make_encoder(run.arch, run.image_size, run.seed, class_only=True), head=head, locals_=run.local_crops,
+                momentum=run.momentum, student_temp=run.student_temp, teacher_temp=run.teacher_temp,
+                warmup_temp=run.warmup_teacher_temp, warmup=run.warmup_teacher, centre_momentum=run.centre_momentum,
+                freeze_last=run.freeze_last)
 
 def _objective(run:Pretrain)->nn.Module:
-    encoder = make_encoder(run.arch, run.image_size, run.seed, run.drop_path, class_only=run.objective not in OWN)  # which may read patch tokens
+    # which may read patch tokens
+    encoder = make_encoder(run.arch, run.image_size, run.seed, run.drop_path, class_only=run.objective not in OWN)
     dino = _distilling(run, encoder.num_features) if run.objective in DISTILS else {}
     if run.objective == 'dino': return DINO(encoder, **dino)
     with seeded(run.seed, 3):
         if run.objective in OWN:
             own, joint = OWN[run.objective].make(run, encoder), OWN[run.objective].joint
-            check(isinstance(own, Objective), f'make of {run.objective} returns a {type(own).__name__}, which does not derive from clipdino.objectives.Objective')
-            check(joint == all(hasattr(own, f) for f in ('embed_image', 'embed_text')), f'the entry of {run.objective} says joint={joint}, but its class has {"not " if joint else ""}both embed_image and embed_text')
+            check(isinstance(own, Objective),
+                  f'make of {run.objective} returns a {type(own).__name__}, which does not derive from clipdino.objectives.Objective')
+            check(joint == all(hasattr(own, f) for f in ('embed_image', 'embed_text')),
+                  f'the entry of {run.objective} says joint={joint}, but its class has {"not " if joint else ""}both embed_image and embed_text')
             return own
         text = (PretrainedText(run.text_model, run.unlocked, run.context, run.dim) if run.objective == 'clip-lm' else
                 TextTower(run.vocab, run.context, run.text_width, run.text_layers, run.dim))
@@ -334,7 +361,8 @@ def features(encoder:nn.Module, images, hw, size:int, batch:int=256)->torch.Tens
 # %% ../nbs/02_pretrain.ipynb #f3dc39e0
 def world_tasks(canvas:int, split:str='val', n:int=2048, test:int=1024)->dict: # task -> (images, hw, labels) of training and test
     "Object class on one-object scenes and word identity on words, on images that pre-training never shows"
-    def part(kind, split, n): return (w := World(split, n, canvas, kinds=kind)).images, np.full((n, 2), canvas, np.int32), torch.from_numpy(w.labels[kind])
+    def part(kind, split, n):
+        return (w := World(split, n, canvas, kinds=kind)).images, np.full((n, 2), canvas, np.int32), torch.from_numpy(w.labels[kind])
     return {kind: [part(kind, 'probe', n), part(kind, split, test)] for kind in ('object', 'word')}
 
 def labelled_task(spec:str, canvas:int, split:str='val', limit:int=5000)->dict:
@@ -405,12 +433,14 @@ def clip_gradients(params, limit:float, per:str)->torch.Tensor:
 
 class NonFinite(RuntimeError): "A loss or gradient that is not finite"
 
-FREE = 'name', 'workers', 'save_every', 'tracker', 'max_bad'  # settings that change nothing in what a run ends with, and so may change when it continues; the name has done its work when the folder is found
+# settings that change nothing in what a run ends with, and so may change when it continues; the name has done its work when the folder is found
+FREE = 'name', 'workers', 'save_every', 'tracker', 'max_bad'
 ROUNDING = 'micro', 'processes'  # these change the order of sums, and nothing else
 
 def kind_of(s:dict)->str: # settings, of a run or noted in its folder
     "Which notebook makes such a run"
-    return next((k for k, f in dict(pretrain='objective', vmcbench='vlm', analysis='encoders', vlm='llm', probe='encoder').items() if f in s), 'something else')
+    return next((k for k, f in dict(pretrain='objective', vmcbench='vlm', analysis='encoders', vlm='llm', probe='encoder').items()
+                 if f in s), 'something else')
 
 def check_kind(folder:Path, run:Settings):
     "Refuse a folder of another kind of run"
@@ -419,7 +449,8 @@ def check_kind(folder:Path, run:Settings):
 
 def check_noted(folder:Path):
     "Refuse a result of which nobody knows with what settings it was made"
-    check((folder/'settings.json').exists() or not (folder/'result.json').exists(), f'{folder.name} has a result.json and no settings.json: delete the folder, or give this run another name')
+    check((folder/'settings.json').exists() or not (folder/'result.json').exists(),
+          f'{folder.name} has a result.json and no settings.json: delete the folder, or give this run another name')
 
 def check_settings(folder:Path, run:Settings, fingerprint:str, precision:str='', # what training is in: fp32, bf16 or fp64
                    anew:bool=False): # whether an attempt before this one left nothing that binds it
@@ -429,12 +460,15 @@ def check_settings(folder:Path, run:Settings, fingerprint:str, precision:str='',
     if anew: path.unlink(missing_ok=True)
     if path.exists():
         then = {**{f.name: f.default for f in fields(run)}, **read_json(path)}  # a setting that is newer than the run had its default
-        other = {k: f'{k} was {then.get(k)!r} and is now {v!r}' if k != 'fingerprint' else 'the data or models that it reads are others now' for k, v in now.items() if then.get(k) != v and k not in FREE}
+        other = {k: f'{k} was {then.get(k)!r} and is now {v!r}'
+                 if k != 'fingerprint' else 'the data or models that it reads are others now'
+                 for k, v in now.items() if then.get(k) != v and k not in FREE}
         rounding = [other.pop(k) for k in ROUNDING if k in other]
         check(not other, f'{folder.name} was begun with other settings: {"; ".join(other.values())}; give the new run another name')
         if rounding: say(f'{"; ".join(rounding)}: sums are taken in another order, so the end will differ from an unbroken run by rounding')
         begun = then.get('environment', {}).get('precision', precision)  # runs that are older than this note have none
-        check(precision in ('', begun), f'{folder.name} was begun in {begun} and would go on in {precision} here; continue it on one like the first, or give the new run another name')
+        check(precision in ('', begun),
+              f'{folder.name} was begun in {begun} and would go on in {precision} here; continue it on one like the first, or give the new run another name')
     else: write_json(path, dict(now, environment=dict(environment(), **({'precision': precision} if precision else {}))))
 
 def make_probe(run:Pretrain, split:str='val'):
@@ -444,7 +478,8 @@ def make_probe(run:Pretrain, split:str='val'):
     return Probe(world_tasks(run.canvas, split, *((64, 64) if run.preset == 'smoke' else ()))) if run.data == 'world' else None
 
 # %% ../nbs/02_pretrain.ipynb #a4b304f3
-_PATIENCE = timedelta(hours=1)  # that processes wait for the first one while it probes, saves or exports; torch's ten minutes would end the run
+# that processes wait for the first one while it probes, saves or exports; torch's ten minutes would end the run
+_PATIENCE = timedelta(hours=1)
 
 def precision_of(run:Pretrain)->str:
     "What `auto` means on this machine: bf16 on a GPU that has it, else fp32"
@@ -454,10 +489,13 @@ def precision_of(run:Pretrain)->str:
 def accelerator(run:Pretrain, folder:Path)->Accelerator:
     "Devices, processes, precision and tracker"
     AcceleratorState._reset_state()  # this Python process may have made a run of another precision
-    cpu = world_size(run) > 1 and launched() and not torch.accelerator.is_available()  # accelerate would take each process for a run of its own
-    acc = Accelerator(cpu=cpu, mixed_precision='bf16' if precision_of(run) == 'bf16' else 'no', log_with=run.tracker or None, project_dir=str(folder),
+    # accelerate would take each process for a run of its own
+    cpu = world_size(run) > 1 and launched() and not torch.accelerator.is_available()
+    acc = Accelerator(cpu=cpu, mixed_precision='bf16' if precision_of(run) == 'bf16' else 'no', log_with=run.tracker or None,
+                      project_dir=str(folder),
                       kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=_PATIENCE)])
-    check(acc.num_processes == world_size(run) or not launched(), f'{world_size(run)} processes were launched, but on {acc.device} each would be alone')
+    check(acc.num_processes == world_size(run) or not launched(),
+          f'{world_size(run)} processes were launched, but on {acc.device} each would be alone')
     return acc
 
 def on_main(acc, f):
@@ -473,7 +511,9 @@ def on_main(acc, f):
 def agree(acc:Accelerator, **seen): # what this process found, by name
     "Refuse a run whose processes found different things, as on machines that share no folder"
     every = gather_object([seen])
-    for k in seen: check(len({s[k] for s in every}) == 1, f'processes found different {k}: {", ".join(map(str, dict.fromkeys(s[k] for s in every)))}; give all machines the same data, and runs/ on a file system that they share')
+    for k in seen:
+        check(len({s[k] for s in every}) == 1,
+              f'processes found different {k}: {", ".join(map(str, dict.fromkeys(s[k] for s in every)))}; give all machines the same data, and runs/ on a file system that they share')
 
 class Parts:
     "What a run is made of: source, objective, optimiser, state, lists of metrics and bad samples"
@@ -481,19 +521,23 @@ class Parts:
         self.run, self.folder, self.environment = run, folder, environment()
         self.source = make_source(run) if source is None else source
         self.acc = acc or accelerator(run, folder)
-        on_main(self.acc, lambda: check_settings(folder, run, self.source.fingerprint, precision_of(run), anew=not any(folder.glob('state-*'))))
+        on_main(self.acc, lambda: check_settings(folder, run, self.source.fingerprint, precision_of(run),
+                                                 anew=not any(folder.glob('state-*'))))
         if run.tracker: self.acc.init_trackers('clipdino', asdict(run))
         ranks, dtype = self.acc.num_processes, torch.float64 if run.precision == 'fp64' else torch.float32
         check(run.batch % ranks == 0, f'batch={run.batch} must be a multiple of the {ranks} processes')
-        check(run.batch <= len(self.source), f'batch={run.batch} is more than the {len(self.source)} pictures that there are, so that a step would have some of them several times')
+        check(run.batch <= len(self.source),
+              f'batch={run.batch} is more than the {len(self.source)} pictures that there are, so that a step would have some of them several times')
         self.objective = make_objective(run).to(self.acc.device).train()
         self.params = [p for p in self.objective.parameters() if p.requires_grad]
         self.opt = torch.optim.AdamW(param_groups(self.objective), lr=run.lr, betas=(.9, run.beta2), eps=run.eps, fused=True)
         self.step = load_state(folder, self.objective, self.opt)
         agree(self.acc, data=self.source.fingerprint, steps=self.step)
-        self.metrics = on_main(self.acc, lambda: Metrics(folder/'metrics.jsonl', upto=self.step or -1))  # a fresh start probes again before its first step
+        # a fresh start probes again before its first step
+        self.metrics = on_main(self.acc, lambda: Metrics(folder/'metrics.jsonl', upto=self.step or -1))
         self.bad = on_main(self.acc, lambda: Bad(folder/'bad.jsonl', run.max_bad, self.source, self.step, self.step*run.batch)).of(self.acc.process_index)
-        self.failed = torch.full((3,), -1., dtype=dtype, device=self.acc.device)  # step, loss and gradient norm of the first step that was not finite
+        # step, loss and gradient norm of the first step that was not finite
+        self.failed = torch.full((3,), -1., dtype=dtype, device=self.acc.device)
         if run.compile == 'on' or run.compile == 'auto' and self.acc.device.type == 'cuda':
             for tower in self.objective.towers: getattr(self.objective, tower).compile(dynamic=False)
         self.model = self.acc.prepare(self.objective)
@@ -509,11 +553,14 @@ class Parts:
         "The run's batches from the current step on, on the device"
         run, acc = self.run, self.acc
         tokenize = self.objective.text.tokenize if self.objective.captions else None
-        def move(v): return v.to(acc.device, non_blocking=True) if isinstance(v, torch.Tensor) else list(map(move, v)) if isinstance(v, list) else v
+        def move(v):
+            return v.to(acc.device, non_blocking=True) if isinstance(v, torch.Tensor) else list(map(move, v)) if isinstance(v, list) else v
         for b in loader(self.source, run.batch, run.seed, self.step, run.steps, acc.process_index, acc.num_processes, run.workers, tokenize,
-                        pin=acc.device.type == 'cuda', prefetch=2 if run.batch//acc.num_processes*run.canvas**2 < 2**26 else 1, transform=self.add_views if run.augment == 'workers' else None):
+                        pin=acc.device.type == 'cuda', prefetch=2 if run.batch//acc.num_processes*run.canvas**2 < 2**26 else 1,
+                        transform=self.add_views if run.augment == 'workers' else None):
             if listed: self.bad.add(b['step'], b['bad'], len(b['ids']))
-            b = {k: v if k in ('ids', 'epochs', 'hw') else move(v) for k, v in b.items()}  # what views are made of is decided here, so that the host needn't ask the device
+            # what views are made of is decided here, so that the host needn't ask the device
+            b = {k: v if k in ('ids', 'epochs', 'hw') else move(v) for k, v in b.items()}
             yield b if 'views' in b else self.add_views(b)
 
 # %% ../nbs/02_pretrain.ipynb #09418789
@@ -522,8 +569,11 @@ class Trainer(Parts):
     def gradients(self, batch)->dict:
         "What the objective says of a batch, with gradients"
         self.objective.set_progress(self.step/self.run.steps)
-        with self.acc.autocast(): out = self.model(batch['views'], batch.get('tokens'), mix(self.run.seed, batch['epochs'], batch['ids']).to(self.acc.device, non_blocking=True))
-        check(isinstance(out, dict) and 'loss' in out and all(torch.is_tensor(v) and not v.ndim for v in out.values()), f'forward of {self.run.objective} must return `loss`, and what else is worth logging, as a dict of tensors without dimensions')
+        with self.acc.autocast():
+            out = self.model(batch['views'], batch.get('tokens'),
+                             mix(self.run.seed, batch['epochs'], batch['ids']).to(self.acc.device, non_blocking=True))
+        check(isinstance(out, dict) and 'loss' in out and all(torch.is_tensor(v) and not v.ndim for v in out.values()),
+              f'forward of {self.run.objective} must return `loss`, and what else is worth logging, as a dict of tensors without dimensions')
         self.acc.backward(out['loss'])
         return out
 
@@ -536,7 +586,8 @@ class Trainer(Parts):
     def update(self, batch)->dict:
         "One step: loss, gradient, update; the numbers worth logging, of the whole batch. The device is never waited for"
         run = self.run
-        for g in self.opt.param_groups: g.update({k: v if k == 'lr' or g['decays'] else 0. for k, v in schedule(run, self.step/run.steps).items()})
+        for g in self.opt.param_groups:
+            g.update({k: v if k == 'lr' or g['decays'] else 0. for k, v in schedule(run, self.step/run.steps).items()})
         if not self.settled: self.settle(batch)
         out = self.gradients(batch)
         norm = clip_gradients(self.params, run.clip_grad, run.clip_per)
@@ -589,7 +640,8 @@ def last_scores(rows)->dict:
 
 class Watch:
     "Says once what is wrong with a training, when it has been so for `rows` rows of the metrics in the part after `start`"
-    def __init__(self, objective, rows:int=5, start:float=.1): self.objective, self.rows, self.start, self.row, self.said = objective, rows, start, 0, []
+    def __init__(self, objective, rows:int=5, start:float=.1):
+        self.objective, self.rows, self.start, self.row, self.said = objective, rows, start, 0, []
     def __call__(self, values:dict, done:float, aloud:bool=True):
         trouble = self.objective.trouble(values) if done >= self.start else ''
         self.row = self.row + 1 if trouble else 0
@@ -614,7 +666,8 @@ def fit(t:Trainer)->dict:
         if t.step % every == 0 or t.step == run.steps:
             t.stop_if_failed()
             values, seconds = {k: v.item() for k, v in out.items()}, time.time() - clock
-            t.log(**values, lr=schedule(run, (t.step - 1)/run.steps)['lr'], images_per_s=(t.step - since)*run.batch/seconds, waited=waited/seconds)
+            t.log(**values, lr=schedule(run, (t.step - 1)/run.steps)['lr'], images_per_s=(t.step - since)*run.batch/seconds,
+                  waited=waited/seconds)
             if main: t.watch(values, t.step/run.steps), shown(t.step, **values, **scores)
             clock, waited, since = time.time(), 0., t.step
         if t.step in probe_at:
@@ -641,7 +694,8 @@ def cost(run:Pretrain)->dict:
         return sum(s.nbytes() for s in storages.values())
     o.set_progress(1.)
     with FlopCounterMode(display=False) as flop: step(4).backward()
-    return dict(gflop=flop.get_total_flops()/4e9, state_gb=sum(p.nbytes*(4 if p.requires_grad else 1) for p in o.parameters())/1e9, activations_mb=(kept(12) - kept(4))/8e6)
+    return dict(gflop=flop.get_total_flops()/4e9, state_gb=sum(p.nbytes*(4 if p.requires_grad else 1) for p in o.parameters())/1e9,
+                activations_mb=(kept(12) - kept(4))/8e6)
 
 @cache
 def samples_at_cost_of(run:Pretrain, other:str='clip')->int:
@@ -677,7 +731,8 @@ def costs(preset:str, batch:int=0)->pd.DataFrame: # images in a step that is tim
         except SettingsError: continue  # a text model that is not on this machine
         row = dict(preset=preset, objective=o, images=run.steps*run.batch, **c)
         if batch:
-            with tempfile.TemporaryDirectory() as d: row['hours here'] = row['images']/3600*seconds_per_image(Trainer(replace(run, batch=batch, micro=0, workers=0, probes=0), Path(d), source=Blank(run.canvas)))
+            with tempfile.TemporaryDirectory() as d:
+                row['hours here'] = row['images']/3600*seconds_per_image(Trainer(replace(run, batch=batch, micro=0, workers=0, probes=0), Path(d), source=Blank(run.canvas)))
         rows.append(row | {g: c['gflop']*row['images']/3600/(.4*1e3*tflops) for g, tflops in GPUS.items()})
     return pd.DataFrame(rows)
 
@@ -696,13 +751,15 @@ def ahead(t:'Trainer'):
     minutes, work = max(seconds_per_image(t)*left*run.batch/60, 1), ''
     try: c = cost(run)
     except Exception: pass  # an objective of one's own need not run without data
-    else: work = f' of {c["gflop"]:.3g} GFLOP; {c["state_gb"] + c["activations_mb"]/1e3*min(run.micro or run.batch, run.batch//t.acc.num_processes):.2g} GB of weights and activations (activations as of single precision)'
+    else:
+        work = f' of {c["gflop"]:.3g} GFLOP; {c["state_gb"] + c["activations_mb"]/1e3*min(run.micro or run.batch, run.batch//t.acc.num_processes):.2g} GB of weights and activations (activations as of single precision)'
     if t.acc.is_main_process: say(f'{left*run.batch:,} images{work}; about {minutes:,.0f} minutes here, without probes')
 
 # %% ../nbs/02_pretrain.ipynb #c8c26a0c
 def export_encoder(encoder:nn.Module, run:Pretrain, folder:Path):
     "Write the encoder in timm's local-dir format"
-    cfg = dict(encoder.pretrained_cfg, input_size=(3, run.image_size, run.image_size), mean=MEAN, std=STD, crop_pct=1., interpolation='bicubic', num_classes=0, tag=run.folder_name)
+    cfg = dict(encoder.pretrained_cfg, input_size=(3, run.image_size, run.image_size), mean=MEAN, std=STD, crop_pct=1.,
+               interpolation='bicubic', num_classes=0, tag=run.folder_name)
     args = dict(img_size=run.image_size, dynamic_img_size=True)
     with tempfile.TemporaryDirectory() as tmp:
         save_for_hf(encoder, tmp, model_config=dict(num_classes=0, pretrained_cfg=cfg), model_args=args, safe_serialization=True)
@@ -733,7 +790,8 @@ def retrieval(trainer, source, batch:int=256)->dict:
         ids = np.arange(i, min(i + batch, len(source)))
         images, hw, captions, bad = source.batch(ids)
         bad = {key for key, _ in bad}
-        good = [j for j, k in enumerate(ids.tolist()) if not bad or source.key(k) not in bad]  # in place of the others are pairs that come again
+        # in place of the others are pairs that come again
+        good = [j for j, k in enumerate(ids.tolist()) if not bad or source.key(k) not in bad]
         if not good: continue
         xs.append(o.embed_image(centre(torch.from_numpy(images[good]).to(device), torch.as_tensor(hw[good], device=device), trainer.run.image_size, MEAN, STD).to(next(o.parameters()).dtype)))
         ts.append(o.embed_text(o.text.tokenize([captions[j] for j in good]).to(device)))
@@ -763,11 +821,14 @@ def finish(t:Trainer, scores:dict, seconds:float)->dict: # last accuracies of th
     export_encoder(t.encoder, run, folder)
     with whole(folder/'objective.safetensors') as tmp: save_file({k: v.contiguous() for k, v in t.objective.state_dict().items()}, tmp)
     rows = [r for r in t.metrics.rows() if 'loss' in r]
-    result = dict(name=run.folder_name, objective=run.objective, preset=run.preset, seed=run.seed, samples=run.steps*run.batch, loss=rows[-1]['loss'],
-                  images_per_s=float(np.median([r['images_per_s'] for r in rows])), waited=float(np.median([r['waited'] for r in rows])), seconds_of_last_start=seconds, trouble=t.watch.said,
+    result = dict(name=run.folder_name, objective=run.objective, preset=run.preset, seed=run.seed, samples=run.steps*run.batch,
+                  loss=rows[-1]['loss'],
+                  images_per_s=float(np.median([r['images_per_s'] for r in rows])), waited=float(np.median([r['waited'] for r in rows])),
+                  seconds_of_last_start=seconds, trouble=t.watch.said,
                   val=scores, **final_scores(t))
     if run.eval_data: result['retrieval'] = retrieval(t, Shards(run.eval_data, run.canvas))
-    result |= dict(data=dict(bad, fingerprint=t.source.fingerprint), environment=dict(t.environment, processes=t.acc.num_processes, precision=precision_of(run)))
+    result |= dict(data=dict(bad, fingerprint=t.source.fingerprint),
+                   environment=dict(t.environment, processes=t.acc.num_processes, precision=precision_of(run)))
     write_json(folder/'result.json', result)
     for old in folder.glob('state-*.safetensors'): old.unlink()
     return result
@@ -804,7 +865,8 @@ def train(run:Pretrain, folder:Path)->dict:
 
 def pretrain(run:Pretrain)->dict:
     "Begin, continue or look up a run; its result"
-    if not launched() and (result := complete(runs_dir()/run.folder_name, run)) is not None: return result  # of several processes, all or none must look
+    if not launched() and (result := complete(runs_dir()/run.folder_name, run)) is not None:
+        return result  # of several processes, all or none must look
     check_inputs(run)
     folder = run_dir(run.folder_name)
     if launched() or world_size(run) == 1: return train(run, folder)
@@ -818,7 +880,8 @@ def arguments(run:Settings, base:Settings|None=None)->list: # the settings of it
 
 def spawn(run:Settings, folder:Path, module:str='clipdino.pretrain', options:list|None=None)->dict:
     "Have several processes on this machine train a run, and show what they print; the result"
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={world_size(run)}', '-m', module, *(options or arguments(run))]
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={world_size(run)}', '-m', module,
+               *(options or arguments(run))]
     package = str(Path(inspect.getfile(Settings)).parent.parent)
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([package, *filter(None, [os.environ.get('PYTHONPATH')])]))
     tail, said, faults = [], [], []
@@ -842,14 +905,19 @@ REFUSED = 'clipdino stops: '
 
 def program(module:str, kind:type, go, about:str, args=None): # settings' class; (**settings) -> what to print
     "A module as a program, under accelerate launch or torchrun too: the settings are the options"
-    helps = dict(re.findall(r'^    (\w+): \w+ = .*?  # (.+)$', ''.join(inspect.getsource(c) for c in kind.__mro__ if issubclass(c, Settings) and c is not Settings), re.M))
-    p = argparse.ArgumentParser(module, description=f'{about} Settings that are not given have the value of the preset.', allow_abbrev=False)
+    helps = dict(re.findall(r'^    (\w+): \w+ = .*?  # (.+)$',
+                            ''.join(inspect.getsource(c) for c in kind.__mro__ if issubclass(c, Settings) and c is not Settings), re.M))
+    p = argparse.ArgumentParser(module, description=f'{about} Settings that are not given have the value of the preset.',
+                                allow_abbrev=False)
     def true_or_false(v): return ('false', 'true').index(v.lower()) == 1  # argparse names this function where it refuses
-    for f in fields(kind): p.add_argument(f'--{f.name}', type=true_or_false if f.type is bool else f.type, help=helps.get(f.name, '').replace('%', '%%'), metavar=f.type.__name__)
+    for f in fields(kind):
+        p.add_argument(f'--{f.name}', type=true_or_false if f.type is bool else f.type, help=helps.get(f.name, '').replace('%', '%%'),
+                       metavar=f.type.__name__)
     try:
         shown = go(**{k: v for k, v in vars(p.parse_args(args)).items() if v is not None})
         if int(os.environ.get('RANK', 0)) == 0: say(json.dumps(shown))
-        if dist.is_initialized(): dist.destroy_process_group()  # its threads would be torn down with the interpreter, which can abort a process that is done
+        if dist.is_initialized():
+            dist.destroy_process_group()  # its threads would be torn down with the interpreter, which can abort a process that is done
     except (SettingsError, BadData, NonFinite, CannotWrite) as e: sys.exit(REFUSED + str(e))
     except KeyboardInterrupt:
         if int(os.environ.get('RANK', 0)) == 0: say('interrupted; the same command goes on from the last saved state')
@@ -870,11 +938,13 @@ def collect(folders)->pd.DataFrame: # finished run folders
     rows = []
     for d in sorted(map(Path, folders)):
         s, r = read_json(d/'settings.json'), read_json(d/'result.json')
-        same = dict(run=d.name, objective=s['objective'], preset=s['preset'], seed=s['seed'], settings=digest({k: v for k, v in s.items() if k not in ('seed', 'name', 'environment', 'objective', 'fingerprint')}),
+        same = dict(run=d.name, objective=s['objective'], preset=s['preset'], seed=s['seed'],
+                    settings=digest({k: v for k, v in s.items() if k not in ('seed', 'name', 'environment', 'objective', 'fingerprint')}),
                     data=s['fingerprint'], commit=r['environment']['commit'], device=r['environment']['device'])
         curve = [('val', m['samples'], m) for m in Metrics.read(d/'metrics.jsonl') if 'seconds' in m]
         for split, seen, m in curve + [(k, n, r[k]) for k, n in (('test', r['samples']), ('untrained', 0)) if k in r]:
-            rows += [dict(same, samples=seen, split=split, task=k.rsplit('_', 1)[0], readout=k.rsplit('_', 1)[1], accuracy=round(v, 4)) for k, v in m.items() if k.endswith(('_linear', '_knn'))]
+            rows += [dict(same, samples=seen, split=split, task=k.rsplit('_', 1)[0], readout=k.rsplit('_', 1)[1], accuracy=round(v, 4))
+                     for k, v in m.items() if k.endswith(('_linear', '_knn'))]
     return pd.DataFrame(rows)
 
 # %% ../nbs/02_pretrain.ipynb #fe423add

@@ -53,10 +53,12 @@ class ProbeRun(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        for f, low in dict(train=64, test=32, limit=0, canvas=16, batch=1).items(): check(getattr(self, f) >= low, f'{f}={getattr(self, f)} must be at least {low}')
+        for f, low in dict(train=64, test=32, limit=0, canvas=16, batch=1).items():
+            check(getattr(self, f) >= low, f'{f}={getattr(self, f)} must be at least {low}')
         check(self.layer != 0, 'layer=0 is none: blocks count from 1, or from -1 backwards')
         check('/' not in self.against, f'against={self.against!r} must be the name of a run under runs/')
-        check(self.limit == 0 or listed(self.data) != ['world'], f'limit={self.limit} is for sets other than the world; train says how many pictures of the world')
+        check(self.limit == 0 or listed(self.data) != ['world'],
+              f'limit={self.limit} is for sets other than the world; train says how many pictures of the world')
 
     @property
     def folder_name(self)->str: return self.name or f'probe-{slug(self.encoder)}'
@@ -66,7 +68,8 @@ def slug(encoder:str)->str:
     name = Path(encoder).expanduser().name if Path(encoder).expanduser().exists() else encoder.rstrip('/')
     return re.sub(r'[^\w.-]+', '-', name)
 
-SIZES = dict(smoke=dict(train=96, test=64, canvas=32), mini={}, small=dict(train=16384, canvas=144, test=8192), paper=dict(train=16384, test=8192, canvas=224))
+SIZES = dict(smoke=dict(train=96, test=64, canvas=32), mini={}, small=dict(train=16384, canvas=144, test=8192),
+             paper=dict(train=16384, test=8192, canvas=224))
 
 def settings(preset:str='mini', **given)->ProbeRun:
     "The settings of a run"
@@ -76,7 +79,8 @@ def device_of(name:str)->str:
     "The device called `name`; auto: a GPU if there is one"
     if name == 'auto': return 'cuda' if torch.cuda.is_available() else 'cpu'
     try: torch.zeros(1, device=name).item()
-    except Exception as e: raise SettingsError(f'device={name} can not be used here ({str(e).splitlines()[0]}): give cpu, cuda, cuda:1 or the like, or auto') from None  # each kind of device has its own
+    except Exception as e:
+        raise SettingsError(f'device={name} can not be used here ({str(e).splitlines()[0]}): give cpu, cuda, cuda:1 or the like, or auto') from None  # each kind of device has its own
     return name
 
 # %% ../nbs/03_probe.ipynb #29116736
@@ -133,7 +137,8 @@ def fill(path:Path, encoder:Encoder, source, what, layer:int, batch:int, dtype:s
             if not rows[0]:
                 need, free = np.dtype(dtype).itemsize*n*x[0].size, shutil.disk_usage(path.parent).free
                 check(need < free - 2**28, f'the features need {need/2**20:.0f} MiB, and {free/2**20:.0f} MiB are free; set CLIPDINO_CACHE to a roomier folder')
-                np.lib.format.write_array_header_1_0(f, dict(descr=np.dtype(dtype).newbyteorder('<').str, fortran_order=False, shape=(n, *x.shape[1:])))
+                np.lib.format.write_array_header_1_0(f, dict(descr=np.dtype(dtype).newbyteorder('<').str, fortran_order=False,
+                                                             shape=(n, *x.shape[1:])))
             f.write(np.ascontiguousarray(x, np.dtype(dtype).newbyteorder('<')))
             if time.time() - begun > 20: shown(int(rows[-1]) + 1, of=source.name)
 
@@ -141,7 +146,8 @@ def features(encoder:Encoder, source, what=pooled, layer:int=-1, batch:int=256, 
     "The features of a set of pictures (with `name`, `fingerprint`, length and `batch(ids, size)`), made unless they are there"
     model = encoder.joint() if what is joint else encoder.model
     weights = tensors_digest({k: v.cpu() for k, v in model.state_dict().items()}) if what is joint else encoder.fingerprint
-    key = digest(FEATURES, weights, encoder.size, list(encoder.mean), list(encoder.std), source.fingerprint, what.__name__, layer, *functions(model), *[dtype]*(dtype != 'float32'))
+    key = digest(FEATURES, weights, encoder.size, list(encoder.mean), list(encoder.std), source.fingerprint, what.__name__, layer,
+                 *functions(model), *[dtype]*(dtype != 'float32'))
     path = cache_dir()/'features'/f'{key}.npy'
     with locked(path):
         try: return np.load(path, mmap_mode='r')
@@ -150,7 +156,8 @@ def features(encoder:Encoder, source, what=pooled, layer:int=-1, batch:int=256, 
         return np.load(path, mmap_mode='r')
 
 # %% ../nbs/03_probe.ipynb #4b4f2040
-TASKS = dict(object='object', word='word', colour='object', background='object', texture='object', style='object', count='several', position='placed')  # factor -> kind of scene
+TASKS = dict(object='object', word='word', colour='object', background='object', texture='object', style='object', count='several',
+             position='placed')  # factor -> kind of scene
 
 class Pictures:
     "Pictures of the world as a set for `features`"
@@ -181,7 +188,9 @@ def world_tasks(encoder:Encoder, run:ProbeRun):
     "Yields the world's tasks"
     read, kept = partial(features, encoder, layer=run.layer, batch=run.batch), {}
     for factor, kind in TASKS.items():
-        if kind not in kept: kept[kind] = [(s, read(s)) for s in (Pictures(kind, split, n, run.canvas) for split, n in (('probe', run.train), ('test', run.test)))]
+        if kind not in kept:
+            kept[kind] = [(s, read(s)) for s in (Pictures(kind, split, n, run.canvas)
+                                                 for split, n in (('probe', run.train), ('test', run.test)))]
         (train, x), (test, x_test) = kept[kind]
         y, y_test, names = train.world.labels[factor], test.world.labels[factor], FACTORS[factor]
         if factor == 'count': y, y_test, names = y - 1, y_test - 1, names[1:]  # scenes of several have two to five
@@ -193,7 +202,8 @@ def world_tasks(encoder:Encoder, run:ProbeRun):
             first = FAMILY_OF.index(f)
             yield Task(f'{WITHIN}{family}', tuple(members), x[a], y[a] - first, x_test[b], y_test[b] - first, test, b)
 
-WITHIN, POOLED, MAPS = 'within ', 'within families', 'maps of world'  # begins the names of tasks that are pooled; what they make together; the world's dense task
+# begins the names of tasks that are pooled; what they make together; the world's dense task
+WITHIN, POOLED, MAPS = 'within ', 'within families', 'maps of world'
 
 class Opened(NamedTuple):
     "A set of data; the world makes its own pictures"
@@ -264,9 +274,11 @@ def dense(encoder:Encoder, train, test, run:ProbeRun, l2=(1e-4, 1e-3, 1e-2))->tu
     def fitted(strength, rows): return fit_maps(x[rows], m[rows], shape, k, strength, device_of(run.device))
     best = max(l2, key=lambda s: mean_iou(*overlaps(fitted(s, slice(cut)), x[cut:], m[cut:], shape))['miou'])
     probe = fitted(best, slice(None))
-    result = dict(mean_iou(*overlaps(probe, x_test, m_test, shape)), classes=list(train.classes), l2=best, constant=constant_iou(m, m_test, k))
+    result = dict(mean_iou(*overlaps(probe, x_test, m_test, shape)), classes=list(train.classes), l2=best,
+                  constant=constant_iou(m, m_test, k))
     some = np.arange(min(8, len(test)))
-    return result, dict(pictures=test.batch(some, encoder.size)[0], true=m_test[some], predicted=map_classes(probe, x_test[some], shape, m_test.shape[1:]))
+    return result, dict(pictures=test.batch(some, encoder.size)[0], true=m_test[some],
+                        predicted=map_classes(probe, x_test[some], shape, m_test.shape[1:]))
 
 def constant_iou(maps, maps_test, k:int)->float:
     "Mean IoU of calling every pixel the class that is most frequent in training"
@@ -292,17 +304,20 @@ def probe_task(t:Task, encoder:Encoder, run:ProbeRun, earlier:dict)->tuple: # pr
     else:
         check_features(t.x, t.y, f'the training set of {t.name}')
         tried = try_settings(t.x, t.y, k, grid(readouts=READOUTS if t.x.shape[1] > 1 else ('cls',)), device, run.seed)
-        probes = dict(zip(('linear', 'linear_cls'), fit_probes(t.x, t.y, k, [choose(tried), choose(tried[tried.readout == 'cls'])], device)))
+        probes = dict(zip(('linear', 'linear_cls'), fit_probes(t.x, t.y, k, [choose(tried), choose(tried[tried.readout == 'cls'])],
+                                                               device)))
         if run.authors: probes['authors'] = authors_probe(t.x, t.y, k, device, run.seed)
         probes['knn'] = lambda z: knn(t.x[:, 0], t.y, z[:, 0], k, device=device)
         least = np.bincount(t.y, minlength=k).min()
         shots = {n: few_shot(t.x[:, 0], t.y, t.x_test[:, 0], t.y_test, k, n, seed=run.seed) for n in SHOTS if n <= least}
         result |= dict(few_shot={str(n): dict(top1=float(np.mean(a)), deviation=float(np.std(a, ddof=1)), draws=len(a)) for n, a in shots.items()}, tried=tried.round(dict(accuracy=5)).to_dict('records'))
     scores = {how: p(t.x_test) for how, p in probes.items()}
-    if encoder.has_text: scores['zero_shot'] = torch.from_numpy(np.array(features(encoder, t.test, joint, batch=run.batch)[slice(None) if t.rows is None else t.rows])) @ name_classes(encoder, t.names, t.name).T
+    if encoder.has_text:
+        scores['zero_shot'] = torch.from_numpy(np.array(features(encoder, t.test, joint, batch=run.batch)[slice(None) if t.rows is None else t.rows])) @ name_classes(encoder, t.names, t.name).T
     for how, s in scores.items(): result[how] = report(s, t.y_test, t.names)
     for how in ('linear', 'linear_cls'): result[how]['setting'] = asdict(probes[how].setting)
-    return dict(result, test=digest(list(t.names), t.y_test.tobytes())), {how: s.argmax(1).numpy() == t.y_test for how, s in scores.items()}, probes
+    return dict(result, test=digest(list(t.names), t.y_test.tobytes())), {how: s.argmax(1).numpy() == t.y_test
+                                                                          for how, s in scores.items()}, probes
 
 def pool(results:dict, right:dict)->tuple: # of the tasks within families -> result, successes
     "Accuracy over the pictures of all families"
@@ -310,13 +325,15 @@ def pool(results:dict, right:dict)->tuple: # of the tasks within families -> res
     out, ok = dict(test=digest([results[n]['test'] for n in names])), {}
     for how in right[names[0]]:
         each, ok[how] = [results[n][how] for n in names], np.concatenate([right[n][how] for n in names])
-        out[how] = dict(top1=float(ok[how].mean()), interval=interval(ok[how]), pictures=len(ok[how]), chance=float(np.average([r['chance'] for r in each], weights=[r['pictures'] for r in each])))
+        out[how] = dict(top1=float(ok[how].mean()), interval=interval(ok[how]), pictures=len(ok[how]),
+                        chance=float(np.average([r['chance'] for r in each], weights=[r['pictures'] for r in each])))
     return out, ok
 
 def probe_all(encoder:Encoder, run:ProbeRun, data:list)->tuple: # of `open_sets` -> results by task, successes by task and readout, {dense task: some pictures and maps}
     "All tasks of all data"
     results, right, probes, maps = {}, {}, {}, {}
-    def found(name): return f'{name}: linear {results[name]["linear"]["top1"]:.1%}, neighbours {results[name]["knn"]["top1"]:.1%}, chance {results[name]["linear"]["chance"]:.1%}'
+    def found(name):
+        return f'{name}: linear {results[name]["linear"]["top1"]:.1%}, neighbours {results[name]["knn"]["top1"]:.1%}, chance {results[name]["linear"]["chance"]:.1%}'
     def take(t):
         begun = time.time()
         results[t.name], right[t.name], probes[t.name] = probe_task(t, encoder, run, probes)
@@ -326,7 +343,8 @@ def probe_all(encoder:Encoder, run:ProbeRun, data:list)->tuple: # of `open_sets`
             for t in world_tasks(encoder, run): take(t)
             results[POOLED], right[POOLED] = pool(results, right)
             say(found(POOLED))
-            s = Opened(MAPS, PARTS, WorldMaps('test', max(run.test//8, 32), run.canvas), WorldMaps('probe', max(run.train//8, 32), run.canvas), True)
+            s = Opened(MAPS, PARTS, WorldMaps('test', max(run.test//8, 32), run.canvas),
+                       WorldMaps('probe', max(run.train//8, 32), run.canvas), True)
         if not s.maps:
             take(set_task(s, encoder, run))
             continue
@@ -345,14 +363,16 @@ def probe(run:ProbeRun)->dict:
 
 def probe_in(folder:Path, encoder:Encoder, run:ProbeRun)->dict:
     other, done = folder.parent/run.against, (folder/'result.json').exists()
-    check(done or not run.against or (other/'right.npz').exists() and (other/'result.json').exists(), f'{run.against} is no finished probing run to compare with')
+    check(done or not run.against or (other/'right.npz').exists() and (other/'result.json').exists(),
+          f'{run.against} is no finished probing run to compare with')
     sets = open_sets(run)
     data = [s.fingerprint for o in sets for s in (o.train, o.test) if s is not None]  # of the world there are none: settings say all
     if run.against and not done: check(any(comparable(o, other) for o in sets), f'{run.against} has no task with the same test pictures')
     check_settings(folder, run, digest(encoder.fingerprint, *data) if data else encoder.fingerprint, anew=not done)
     if done: return looked_up(folder)
     results, right, maps = probe_all(encoder, run, sets)
-    about = dict(name=encoder.name, fingerprint=encoder.fingerprint, size=encoder.size, dim=encoder.dim, depth=encoder.depth, layer=run.layer)
+    about = dict(name=encoder.name, fingerprint=encoder.fingerprint, size=encoder.size, dim=encoder.dim, depth=encoder.depth,
+                 layer=run.layer)
     result = dict(name=run.folder_name, encoder=about, tasks=results, environment=environment())
     if run.against: result['against'] = dict(name=run.against, differences=compare(results, right, other).to_dict('records'))
     save_arrays(folder/'right.npz', {f'{t}/{how}': v for t, r in right.items() for how, v in r.items()})
@@ -373,12 +393,14 @@ def compare(results:dict, right:dict, other:Path)->pd.DataFrame: # of this run; 
     with np.load(other/'right.npz') as f:
         for key in f.files:
             task, how = key.rsplit('/', 1)
-            if how in right.get(task, {}) and results[task]['test'] == theirs[task]['test']: rows.append(dict(task=task, how=how, **paired(right[task][how], f[key])))
+            if how in right.get(task, {}) and results[task]['test'] == theirs[task]['test']:
+                rows.append(dict(task=task, how=how, **paired(right[task][how], f[key])))
     check(rows, f'{other.name} has no task with the same test pictures')
     return pd.DataFrame(rows)
 
 # %% ../nbs/03_probe.ipynb #64045aec
-HOW = dict(linear=('linear probe', 'o'), knn=('20 neighbours', 's'), zero_shot=('zero-shot', '^'), authors=("authors' protocol", 'D'))  # label and marker
+# label and marker
+HOW = dict(linear=('linear probe', 'o'), knn=('20 neighbours', 's'), zero_shot=('zero-shot', '^'), authors=("authors' protocol", 'D'))
 def main_tasks(result:dict)->list: return [t for t in result['tasks'] if t == POOLED or not t.startswith((WITHIN, 'maps of'))]
 
 def picture(ax, im, **kw):
@@ -395,33 +417,41 @@ def show_tasks(result:dict):
     for k, how in enumerate(hows):
         y = [i + .16*(k - (len(hows) - 1)/2) for i, t in enumerate(names) if how in result['tasks'][t]]
         r = [result['tasks'][t][how] for t in names if how in result['tasks'][t]]
-        ax.errorbar([100*v['top1'] for v in r], y, xerr=np.abs([[100*(v['interval'][e] - v['top1']) for v in r] for e in (0, 1)]), fmt=HOW[how][1], ms=4.5, lw=1.2, label=HOW[how][0])
-    for i, t in enumerate(names): ax.plot([100*result['tasks'][t]['linear']['chance']]*2, [i - .35, i + .35], color='grey', lw=1.5, label=None if i else 'chance')
-    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - .5, -.5), xlim=(0, 100), xlabel='test accuracy, %', title=result['encoder']['name'])
+        ax.errorbar([100*v['top1'] for v in r], y, xerr=np.abs([[100*(v['interval'][e] - v['top1']) for v in r] for e in (0, 1)]),
+                    fmt=HOW[how][1], ms=4.5, lw=1.2, label=HOW[how][0])
+    for i, t in enumerate(names):
+        ax.plot([100*result['tasks'][t]['linear']['chance']]*2, [i - .35, i + .35], color='grey', lw=1.5, label=None if i else 'chance')
+    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - .5, -.5), xlim=(0, 100), xlabel='test accuracy, %',
+           title=result['encoder']['name'])
     ax.legend(loc='center left', bbox_to_anchor=(1, .5))
 
 def show_grid(result:dict, task:str):
     "Held-out accuracy of every setting of a task's grid"
     t = pd.DataFrame(result['tasks'][task]['tried'])
     fig, ax = plt.subplots(figsize=(6, 2.4))
-    sns.heatmap(100*t.pivot_table(index=['readout', 'norm'], columns='l2', values='accuracy'), annot=True, fmt='.1f', cmap='viridis', cbar=False, ax=ax, annot_kws=dict(size=8))
+    sns.heatmap(100*t.pivot_table(index=['readout', 'norm'], columns='l2', values='accuracy'), annot=True, fmt='.1f', cmap='viridis',
+                cbar=False, ax=ax, annot_kws=dict(size=8))
     ax.set(xlabel='L2 strength', ylabel='', title=f'{task}: accuracy on held-out training pictures, %')
     ax.set_yticklabels(ax.get_yticklabels(), rotation=0)
 
 def show_maps(folder:Path, task:str):
     "Pictures of a dense task, and the classes of their pixels: true and predicted"
     r = read_json(folder/'result.json')['tasks'][task]
-    with np.load(folder/'maps.npz') as f: rows = [('picture', f[f'{task}/pictures']), ('true', f[f'{task}/true']), ('predicted', f[f'{task}/predicted'])]
+    with np.load(folder/'maps.npz') as f:
+        rows = [('picture', f[f'{task}/pictures']), ('true', f[f'{task}/true']), ('predicted', f[f'{task}/predicted'])]
     n, k = len(rows[0][1]), len(r['classes'])
     colours = np.array([(1, 1, 1), *sns.color_palette('colorblind', max(k - 1, 1))])
     fig, axes = plt.subplots(3, n, figsize=(1.05*n + 1, 3.6), squeeze=False)
     for line, (label, pictures) in zip(axes, rows):
         for ax, im in zip(line, pictures):
-            ax.imshow(im if label == 'picture' else np.where((im < k)[..., None], colours[np.minimum(im, k - 1)], .5), interpolation='nearest')
+            ax.imshow(im if label == 'picture' else np.where((im < k)[..., None], colours[np.minimum(im, k - 1)], .5),
+                      interpolation='nearest')
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(True)
         line[0].set_ylabel(label)
-    if k <= 8: fig.legend(handles=[plt.Rectangle((0, 0), 1, 1, fc=c, ec='grey', label=name) for c, name in zip(colours, r['classes'])], loc='outside lower center', ncols=k)
+    if k <= 8:
+        fig.legend(handles=[plt.Rectangle((0, 0), 1, 1, fc=c, ec='grey', label=name) for c, name in zip(colours, r['classes'])],
+                   loc='outside lower center', ncols=k)
     fig.suptitle(f'{task}: mean IoU {r["miou"]:.2f}')
 
 def show_differences(result:dict):
@@ -432,9 +462,11 @@ def show_differences(result:dict):
     fig, ax = plt.subplots(figsize=(6.5, .36*len(names) + .9))
     for k, (how, g) in enumerate(t.groupby('how', sort=False)):
         low, high = np.array(g.interval.tolist()).T
-        ax.errorbar(100*g.difference, [names.index(n) + .2*(k - .5) for n in g.task], xerr=100*np.abs([g.difference - low, high - g.difference]), fmt=HOW[how][1], ms=4.5, lw=1.2, label=HOW[how][0])
+        ax.errorbar(100*g.difference, [names.index(n) + .2*(k - .5) for n in g.task],
+                    xerr=100*np.abs([g.difference - low, high - g.difference]), fmt=HOW[how][1], ms=4.5, lw=1.2, label=HOW[how][0])
     ax.axvline(0, color='grey', lw=1)
-    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - .5, -.5), xlabel=f'accuracy of {result["name"]} minus {result["against"]["name"]}, points')
+    ax.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - .5, -.5),
+           xlabel=f'accuracy of {result["name"]} minus {result["against"]["name"]}, points')
     ax.legend(loc='center left', bbox_to_anchor=(1, .5))
 
 # %% ../nbs/03_probe.ipynb #19b5976f
@@ -445,9 +477,12 @@ def collect(folders)->pd.DataFrame: # finished probing runs
         r = read_json(d/'result.json')
         same = dict(run=d.name, encoder=r['encoder']['name'], weights=r['encoder']['fingerprint'][:12], commit=r['environment']['commit'])
         for task, t in r['tasks'].items():
-            if 'miou' in t: rows.append(dict(same, task=task, how='miou', value=t['miou'], low=t['interval'][0], high=t['interval'][1], chance=t['constant'], pictures=t['pictures']))
+            if 'miou' in t:
+                rows.append(dict(same, task=task, how='miou', value=t['miou'], low=t['interval'][0], high=t['interval'][1],
+                                 chance=t['constant'], pictures=t['pictures']))
             rows += [dict(same, task=task, how=how, value=v['top1'], low=v['interval'][0], high=v['interval'][1], chance=v['chance'], pictures=v['pictures']) for how, v in t.items() if how in (*HOW, 'linear_cls')]
-            rows += [dict(same, task=task, how=f'{n} shots', value=v['top1'], chance=t['knn']['chance'], pictures=t['knn']['pictures']) for n, v in t.get('few_shot', {}).items()]
+            rows += [dict(same, task=task, how=f'{n} shots', value=v['top1'], chance=t['knn']['chance'], pictures=t['knn']['pictures'])
+                     for n, v in t.get('few_shot', {}).items()]
     return pd.DataFrame(rows).round(5)
 
 # %% ../nbs/03_probe.ipynb #c62438cd
@@ -462,7 +497,8 @@ def over_seeds(ax, table:pd.DataFrame, rows:list, scale:float=100.): # columns e
     for k, o in enumerate(kinds):
         g = scale*table[table.encoder.map(objective_of) == o].groupby('row').value.agg(['mean', 'min', 'max']).reindex(rows)
         y = np.arange(len(rows)) + .66*(k/max(len(kinds) - 1, 1) - .5)
-        ax.errorbar(g['mean'], y, xerr=[g['mean'] - g['min'], g['max'] - g['mean']], fmt=marks[o], ms=4.5, lw=1.2, color=LOOKS.get(o, '.5'), label=o)
+        ax.errorbar(g['mean'], y, xerr=[g['mean'] - g['min'], g['max'] - g['mean']], fmt=marks[o], ms=4.5, lw=1.2,
+                    color=LOOKS.get(o, '.5'), label=o)
     for i in range(len(rows)): ax.axhline(i + .5, color='.92', lw=.8, zorder=0)
     ax.set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - .5, -.5))
 
@@ -471,7 +507,8 @@ def show_objectives(runs:pd.DataFrame, how:str='linear', tasks=('object', 'withi
     t = runs[(runs.how == how) & runs.task.isin(tasks)].rename(columns=dict(task='row'))
     fig, ax = plt.subplots(figsize=(6.5, .48*len(tasks) + .8))
     over_seeds(ax, t, list(tasks))
-    for i, c in enumerate(t.groupby('row').chance.first().reindex(tasks)): ax.plot([100*c]*2, [i - .4, i + .4], color='k', lw=1, ls=':', label=None if i else 'chance')
+    for i, c in enumerate(t.groupby('row').chance.first().reindex(tasks)):
+        ax.plot([100*c]*2, [i - .4, i + .4], color='k', lw=1, ls=':', label=None if i else 'chance')
     ax.set(xlim=(0, 100), xlabel=f'test accuracy of the {HOW[how][0]}, %')
     ax.legend(loc='center left', bbox_to_anchor=(1, .5))
 
@@ -479,8 +516,10 @@ def main(args=None):
     "`python -m clipdino.probe --encoder ...`"
     def go(**given):
         result = probe(settings(**given))
-        against = {d['task']: {k: d[k] for k in ('difference', 'interval', 'p')} for d in result.get('against', {}).get('differences', ()) if d['how'] == 'linear'}
-        return dict(name=result['name'], linear={t: round(r['linear']['top1'], 4) for t, r in result['tasks'].items() if 'linear' in r}, **(dict(against=against) if against else {}))
+        against = {d['task']: {k: d[k] for k in ('difference', 'interval', 'p')}
+                   for d in result.get('against', {}).get('differences', ()) if d['how'] == 'linear'}
+        return dict(name=result['name'], linear={t: round(r['linear']['top1'], 4) for t, r in result['tasks'].items() if 'linear' in r},
+                    **(dict(against=against) if against else {}))
     program('clipdino.probe', ProbeRun, go, 'Probe an encoder.', args)
 
 if __name__ == '__main__' and '__file__' in globals(): main()  # as a program; in a notebook there is no file

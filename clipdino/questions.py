@@ -24,7 +24,8 @@ from .core import SettingsError, check, digest, one_of, say
 from .data import rgb
 
 # %% ../nbs/05_questions.ipynb #481fb77c
-GROUPS = dict(General=('SEEDBench', 'MMStar', 'A-OKVQA', 'VizWiz', 'MMVet', 'VQAv2', 'OKVQA'), Reasoning=('MMMU', 'MathVista', 'ScienceQA', 'RealWorldQA', 'GQA', 'MathVision'),
+GROUPS = dict(General=('SEEDBench', 'MMStar', 'A-OKVQA', 'VizWiz', 'MMVet', 'VQAv2', 'OKVQA'),
+              Reasoning=('MMMU', 'MathVista', 'ScienceQA', 'RealWorldQA', 'GQA', 'MathVision'),
               OCR=('TextVQA', 'OCRVQA'), Doc=('AI2D', 'ChartQA', 'DocVQA', 'InfoVQA', 'TableVQABench'))
 CATEGORIES = tuple(c for members in GROUPS.values() for c in members)
 VISION = 'SEEDBench', 'MMStar', 'VizWiz', 'VQAv2', 'RealWorldQA'  # of the world's twins: count, size, style, colour, position
@@ -50,7 +51,8 @@ def squares(pictures:list, # PIL pictures
            )->np.ndarray: # (B, size, size, 3) uint8
     "Pictures as squares of one size"
     one_of('square', square, ('pad', 'crop'))
-    make = LlavaImageProcessor(do_pad=square == 'pad', image_mean=list(mean), size=dict(shortest_edge=size), crop_size=dict(height=size, width=size), do_rescale=False, do_normalize=False)
+    make = LlavaImageProcessor(do_pad=square == 'pad', image_mean=list(mean), size=dict(shortest_edge=size),
+                               crop_size=dict(height=size, width=size), do_rescale=False, do_normalize=False)
     return make([p.convert('RGB') for p in pictures], return_tensors='np')['pixel_values'].transpose(0, 2, 3, 1)
 
 # %% ../nbs/05_questions.ipynb #440874b5
@@ -78,14 +80,16 @@ class Parquet:
     def sound(path:Path, f, *args, **kw):
         "What reads `path`, or a sentence about it"
         try: return f(*args, **kw)
-        except (pa.ArrowException, OSError) as e: raise SettingsError(f'{path} is no whole parquet file ({str(e).strip().splitlines()[0]}); fetch it again') from None
+        except (pa.ArrowException, OSError) as e:
+            raise SettingsError(f'{path} is no whole parquet file ({str(e).strip().splitlines()[0]}); fetch it again') from None
 
     def rows(self):
         "Yields every row with its place"
         for f, (path, file) in enumerate(zip(self.paths, self.files)):
             n = 0
             for g in range(file.num_row_groups):
-                for k, r in enumerate(self.sound(path, file.read_row_group, g, columns=[c for c in file.schema_arrow.names if c != 'image']).to_pylist()):
+                for k, r in enumerate(self.sound(path, file.read_row_group, g,
+                                                 columns=[c for c in file.schema_arrow.names if c != 'image']).to_pylist()):
                     yield dict(r, options=lettered(r), at=(f, g, k), where=f'{path.name}, row {n}')
                     n += 1
 
@@ -156,7 +160,8 @@ class Lines:
             except ValueError as e: raise SettingsError(f'{where} is no JSON ({e})') from None
             check(isinstance(r, dict), f'{where} is no object')
             need(where, r, ('question', 'image', *(() if 'options' in r else LETTERS), *(() if 'answer_letter' in r else ('answer',))))
-            yield dict(index=r.get('index', n), question=r['question'], options=r.get('options') or lettered(r), answer=r.get('answer_letter', r.get('answer')),
+            yield dict(index=r.get('index', n), question=r['question'], options=r.get('options') or lettered(r),
+                       answer=r.get('answer_letter', r.get('answer')),
                        category=r.get('category') or r.get('source'), at=r['image'], where=where)
 
     def read(self, at)->bytes: return (self.path.parent/at).read_bytes() if isinstance(at, str) else b''
@@ -203,7 +208,8 @@ class Files(Questions):
         check(twice is None, f'{name} has two questions with the index {twice and twice[0]["index"]}; each must have its own')
         looked = self.look([r for _, r in pairs])
         bad = [f'{r["where"]}, has {why}' for (_, r), (_, why) in zip(pairs, looked) if why]
-        check(len(bad) <= BROKEN*len(pairs), f'{len(bad)} of {len(pairs)} questions of {name} lack a picture, more than {BROKEN:.0%}; the first, {"".join(bad[:1])}')
+        check(len(bad) <= BROKEN*len(pairs),
+              f'{len(bad)} of {len(pairs)} questions of {name} lack a picture, more than {BROKEN:.0%}; the first, {"".join(bad[:1])}')
         self.skipped['no picture'] = len(bad)
         pairs, marks = [p for p, (m, _) in zip(pairs, looked) if m], [m for m, _ in looked if m]
         rows, self.at = [row for row, _ in pairs], [r['at'] for _, r in pairs]

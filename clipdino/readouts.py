@@ -61,12 +61,14 @@ class Blocks:
     "Features under one readout and norm, centred and turned to the eigenvectors of their covariance; blocks of rows go to the device when they are needed, or once if they are few"
     def __init__(self, x, setting:Setting, device='cpu', rows=None, keep:int=1 << 29): # (n, r, D); indices; of features of at most `keep` numbers, or that fill half of a GPU, all blocks stay on the device
         self.x, self.rows, self.columns, self.norm, self.device = x, rows, list(READOUTS[setting.readout]), setting.norm, device
-        check(max(self.columns) < x.shape[1], f'readout={setting.readout} takes features of class token and patches, and there is one of them')
+        check(max(self.columns) < x.shape[1],
+              f'readout={setting.readout} takes features of class token and patches, and there is one of them')
         self.n, self.kept = len(x) if rows is None else len(rows), None
         self.statistics()
         if torch.device(device).type == 'cuda': keep = torch.cuda.mem_get_info(device)[0]//8
         if self.n*self.width <= keep:
-            kept = torch.empty(self.n, self.width, device=device)  # filled piece by piece: all pieces beside the whole would be twice as much
+            # filled piece by piece: all pieces beside the whole would be twice as much
+            kept = torch.empty(self.n, self.width, device=device)
             for a in range(0, self.n, 8192): kept[a:a + 8192] = self.turned(a, min(a + 8192, self.n))
             self.kept = kept
 
@@ -201,7 +203,8 @@ def held_out(n:int, share:float=.2, seed:int=0)->tuple: # -> indices to fit on, 
 def try_settings(x, y, classes:int, settings:list, device='cpu', seed:int=0)->pd.DataFrame:
     "What each setting scores on a held-out fifth of the training pictures"
     rows, held = held_out(len(x), seed=seed)
-    right = [(p(x[held]).argmax(1) == torch.as_tensor(y)[held]).float().mean().item() for p in fit_probes(x, y, classes, settings, device, rows)]
+    right = [(p(x[held]).argmax(1) == torch.as_tensor(y)[held]).float().mean().item()
+             for p in fit_probes(x, y, classes, settings, device, rows)]
     return pd.DataFrame([asdict(s) for s in settings]).assign(accuracy=right)
 
 def choose(tried:pd.DataFrame)->Setting:
@@ -225,7 +228,8 @@ def adamw(x, y, held, y_held, classes:int, settings:list, epochs:int, seed:int=0
     "Linear probes by the authors' protocol, all settings at once; each at its best epoch on held-out pictures"
     lr, wd = (torch.tensor(v, device=x.device)[:, None, None] for v in zip(*settings))
     g = generator(seed, 22)
-    w = torch.randn(1, x.shape[1], classes, generator=g).mul_((2/classes)**.5).to(x.device).repeat(len(settings), 1, 1)  # Kaiming, by fan-out
+    # Kaiming, by fan-out
+    w = torch.randn(1, x.shape[1], classes, generator=g).mul_((2/classes)**.5).to(x.device).repeat(len(settings), 1, 1)
     b = ((torch.rand(1, 1, classes, generator=g)*2 - 1)*x.shape[1]**-.5).to(x.device).repeat(len(settings), 1, 1)
     moments, step, best, per_epoch = [[torch.zeros_like(p), torch.zeros_like(p)] for p in (w, b)], 0, [(-1., 0, None)]*len(settings), -(-len(x)//batch)
     for epoch in range(epochs):
@@ -314,12 +318,15 @@ def report(scores:torch.Tensor, y, names:tuple, worst:int=5)->dict: # (n, K), (n
     matrix = torch.zeros(k, k).index_put_((y, order[:, 0]), torch.ones(len(y)), accumulate=True)
     seen = matrix.sum(1)
     recall = {c: (matrix[c, c]/seen[c]).item() for c in range(k) if seen[c]}
-    per_class = {names[c] if names.count(names[c]) == 1 else f'{names[c]} ({c})': round(v, 4) for c, v in recall.items()}  # two of ImageNet's are cranes
+    # two of ImageNet's are cranes
+    per_class = {names[c] if names.count(names[c]) == 1 else f'{names[c]} ({c})': round(v, 4) for c, v in recall.items()}
     both = (matrix/seen.clamp(min=1)[:, None]).fill_diagonal_(0)
     both = (both + both.T).triu(1)/2
     pairs = [(divmod(i, k), both.flatten()[i].item()) for i in both.flatten().topk(min(worst, k*k)).indices.tolist()]
-    return dict(top1=hit[:, 0].float().mean().item(), interval=interval(hit[:, 0]), top5=hit.any(1).float().mean().item(), pictures=len(y), classes=k, chance=1/k,
-                mean_class=float(np.mean([*recall.values()])), per_class=per_class, confused=[[names[a], names[b], round(v, 4)] for (a, b), v in pairs if v])
+    return dict(top1=hit[:, 0].float().mean().item(), interval=interval(hit[:, 0]), top5=hit.any(1).float().mean().item(), pictures=len(y),
+                classes=k, chance=1/k,
+                mean_class=float(np.mean([*recall.values()])), per_class=per_class,
+                confused=[[names[a], names[b], round(v, 4)] for (a, b), v in pairs if v])
 
 def paired(a, b)->dict: # (n,) successes of two encoders on the same pictures, or any paired numbers
     "Difference a - b with its interval: of successes Agresti and Min's, with the p-value of McNemar's exact test; of other numbers the percentile bootstrap's"
@@ -330,7 +337,8 @@ def paired(a, b)->dict: # (n,) successes of two encoders on the same pictures, o
     if not np.isin((a, b), (0, 1)).all(): return dict(out, interval=interval(d))
     more, less, n = int((d > 0).sum()), int((d < 0).sum()), len(d) + 2
     centre, half = (more - less)/n, norm.isf(.025)*math.sqrt(more + less + 1 - (more - less)**2/n)/n
-    return dict(out, interval=[max(centre - half, -1.), min(centre + half, 1.)], p=binomtest(more, more + less).pvalue if more + less else 1.)
+    return dict(out, interval=[max(centre - half, -1.), min(centre + half, 1.)],
+                p=binomtest(more, more + less).pvalue if more + less else 1.)
 
 # %% ../nbs/01_readouts.ipynb #8bdedbb3
 IGNORED = 255  # label of pixels that do not count
@@ -353,7 +361,8 @@ def fit_maps(tokens, maps, grid:tuple, classes:int, l2:float=1e-3, device='cpu',
             total.backward()
             for a in range(0, n, images):
                 b = min(a + images, n)
-                loss = F.cross_entropy(map_scores(blocks(a*cells, b*cells), w, grid, maps.shape[1:]), maps[a:b].to(device, torch.int64), ignore_index=IGNORED, reduction='sum')/valid
+                loss = F.cross_entropy(map_scores(blocks(a*cells, b*cells), w, grid, maps.shape[1:]), maps[a:b].to(device, torch.int64),
+                                       ignore_index=IGNORED, reduction='sum')/valid
                 loss.backward()
                 total = total + loss.detach()
         return total.detach()[None], w.grad.flatten()[None]
@@ -365,7 +374,8 @@ def fit_maps(tokens, maps, grid:tuple, classes:int, l2:float=1e-3, device='cpu',
 def map_classes(probe:Linear, tokens, grid:tuple, size:tuple)->np.ndarray: # (n, h*w, D), (h, w), (H, W) -> (n, H, W)
     "The class of each pixel"
     w = torch.cat([probe.weight, probe.bias[None]])
-    return torch.cat([map_scores(tensor(tokens[a:a + 64]).to(w).flatten(0, 1), w, grid, size).argmax(1).cpu() for a in range(0, len(tokens), 64)]).numpy()
+    return torch.cat([map_scores(tensor(tokens[a:a + 64]).to(w).flatten(0, 1), w, grid, size).argmax(1).cpu()
+                      for a in range(0, len(tokens), 64)]).numpy()
 
 def overlaps(probe:Linear, tokens, maps, grid:tuple)->tuple: # -> (n, K) intersections and unions, pixels
     "Pixels on which prediction and truth agree, class by class, and their union"
@@ -382,4 +392,5 @@ def mean_iou(both, union, draws:int=2000, seed:int=0)->dict: # (n, K) intersecti
     n = len(both)
     boot = score(np.random.default_rng(seed).multinomial(n, np.full(n, 1/n), draws).astype(np.float64))
     iou = both.sum(0)/np.maximum(union.sum(0), 1)
-    return dict(miou=float(score(np.ones((1, n)))[0]), interval=np.quantile(boot, [.025, .975]).tolist(), per_class=iou.round(4).tolist(), pictures=n)
+    return dict(miou=float(score(np.ones((1, n)))[0]), interval=np.quantile(boot, [.025, .975]).tolist(), per_class=iou.round(4).tolist(),
+                pictures=n)

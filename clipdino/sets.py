@@ -142,7 +142,8 @@ def _named(path:Path, word:str)->bool: return re.search(rf'(^|[^a-z]){word}([^a-
 def shard_classes(path:Path, ix)->list:
     "What the `.cls` members of a shard say"
     check(not ix.cut and (ix.at[:, [IMAGE, CLS]] > 0).all(), f'{path} is cut off, or has a sample without image or .cls')
-    with open(path, 'rb') as f: return [os.pread(f.fileno(), int(n), int(a)).decode(errors='replace').strip() for a, n in zip(ix.at[:, CLS], ix.size[:, CLS])]
+    with open(path, 'rb') as f:
+        return [os.pread(f.fileno(), int(n), int(a)).decode(errors='replace').strip() for a, n in zip(ix.at[:, CLS], ix.size[:, CLS])]
 
 def own_shards(paths:list, split:str)->tuple: # -> Where, labels, class names
     "A split of shards"
@@ -170,7 +171,8 @@ def reader(name:str, *splits): # those that it was published with
     def add(read):
         def checked(root:Path, split:str)->tuple:
             check(split in splits, f'{name} has no {split} split, but {", ".join(splits)}: ' +
-                  (f'its classes are those of {BASE[name]}, so take the training pictures from there' if name in BASE else 'hold out a part of train'))
+                  (f'its classes are those of {BASE[name]}, so take the training pictures from there'
+                   if name in BASE else 'hold out a part of train'))
             return read(root, split)
         SETS[name] = checked
         return read
@@ -190,13 +192,15 @@ def open_set(spec:str, # `name:PATH` for a set in `SETS`, else a folder with cla
     if name:
         check(root.is_dir(), f'{path} is not a folder: {name} is read from the folder it was unpacked into')
         where, labels, classes = SETS[name](root, split)
-    elif not any(c in path for c in '*?[{') and not root.exists(): check(False, f'{path} is not there: give a folder of class folders, shards, or NAME:PATH with one of {", ".join(SETS)}')
+    elif not any(c in path for c in '*?[{') and not root.exists():
+        check(False, f'{path} is not there: give a folder of class folders, shards, or NAME:PATH with one of {", ".join(SETS)}')
     elif root.is_dir() and not any(root.glob('*.tar')): where, labels, classes = own_folders(root, split)
     else: where, labels, classes = own_shards(expand(path), split)
     n, where_from = len(classes), f'the {split} split of {spec}'
     check(len(labels), f'{where_from} has no pictures')
     wrong = np.flatnonzero((labels < 0) | (labels >= n))
-    if len(wrong): raise BadData(f'{where_from} says that picture {wrong[0]} is of class {labels[wrong[0]]}, but there are {n} classes, counted from 0')
+    if len(wrong):
+        raise BadData(f'{where_from} says that picture {wrong[0]} is of class {labels[wrong[0]]}, but there are {n} classes, counted from 0')
     check(len(np.unique(labels)) > 1, f'{where_from} has pictures of 1 class; a probe takes at least two')
     pick = balanced(labels, limit, seed)
     where, labels = where.take(pick), labels[pick].astype(np.int64)
@@ -233,7 +237,8 @@ def table(path:Path)->dict:
 def mat(path:Path, key:str)->np.ndarray:
     "A variable of a MATLAB file"
     try: return np.atleast_1d(loadmat(path, squeeze_me=True, variable_names=[key])[key])
-    except Exception as e: raise BadData(f'{path} is no MATLAB file with a variable {key} ({type(e).__name__}): download it again') from None
+    except Exception as e:
+        raise BadData(f'{path} is no MATLAB file with a variable {key} ({type(e).__name__}): download it again') from None
 
 # %% ../nbs/01_sets.ipynb #5d51f29b
 @reader('imagenet', 'train', 'test')
@@ -262,10 +267,12 @@ CIFAR10 = 'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse
 def cifar10(root:Path, split:str)->tuple:
     files = [f'data_batch_{k}.bin' for k in range(1, 6)] if split == 'train' else ['test_batch.bin']
     has = lambda name: any((d/name).exists() for d in (root, *root.glob('cifar-10-batches-*')))
-    check(has(files[0]) or not has(files[0][:-4]), f'{root} has the Python version of CIFAR-10, which is made of pickles and never opened: take cifar-10-binary.tar.gz, the binary version')
+    check(has(files[0]) or not has(files[0][:-4]),
+          f'{root} has the Python version of CIFAR-10, which is made of pickles and never opened: take cifar-10-binary.tar.gz, the binary version')
     top = unpacked('cifar10', root, 'cifar-10-batches-bin', *files, 'batches.meta.txt')
     cut = [f for f in files if os.path.getsize(top/f) % 3073]
-    if cut: raise BadData(f'{top/cut[0]} has {os.path.getsize(top/cut[0]):,} bytes, which is no multiple of 3,073: it is cut off, download it again')
+    if cut:
+        raise BadData(f'{top/cut[0]} has {os.path.getsize(top/cut[0]):,} bytes, which is no multiple of 3,073: it is cut off, download it again')
     labels = [np.fromfile(top/f, np.uint8).reshape(-1, 3073)[:, 0].astype(np.int64) for f in files]
     file = np.repeat(np.arange(len(files)), [len(y) for y in labels])
     at = np.concatenate([1 + 3073*np.arange(len(y)) for y in labels])
@@ -302,7 +309,8 @@ def cub(root:Path, split:str)->tuple:
     lists = 'images', 'image_class_labels', 'train_test_split', 'classes'
     top = unpacked('cub', root, 'CUB_200_2011', 'images', *(f'{n}.txt' for n in lists))
     files, label, training, classes = (table(top/f'{n}.txt') for n in lists)
-    check(files.keys() == label.keys() == training.keys() and all(l.isdecimal() for l in label.values()), f'{top}: images.txt, image_class_labels.txt and train_test_split.txt do not list the same pictures')
+    check(files.keys() == label.keys() == training.keys() and all(l.isdecimal() for l in label.values()),
+          f'{top}: images.txt, image_class_labels.txt and train_test_split.txt do not list the same pictures')
     ids = [i for i in files if training[i] == ('1' if split == 'train' else '0')]
     return whole_files([f'{top}/images/{files[i]}' for i in ids]), np.array([int(label[i]) for i in ids], np.int64) - 1, list(classes.values())
 
@@ -310,8 +318,10 @@ def cub(root:Path, split:str)->tuple:
 def flowers(root:Path, split:str)->tuple:
     top = unpacked('flowers', root, 'flowers-102', 'jpg', 'imagelabels.mat', 'setid.mat')
     ids, labels = mat(top/'setid.mat', dict(train='trnid', val='valid', test='tstid')[split]).astype(np.int64), mat(top/'imagelabels.mat', 'labels').astype(np.int64)
-    if not ((ids > 0) & (ids <= len(labels))).all(): raise BadData(f'{top}/setid.mat names pictures {ids.min()} to {ids.max()}, but imagelabels.mat has {len(labels)} labels')
-    return whole_files([f'{top}/jpg/image_{i:05d}.jpg' for i in ids]), labels[ids - 1] - 1, [str(k + 1) for k in range(labels.max())]  # the authors gave no names
+    if not ((ids > 0) & (ids <= len(labels))).all():
+        raise BadData(f'{top}/setid.mat names pictures {ids.min()} to {ids.max()}, but imagelabels.mat has {len(labels)} labels')
+    # the authors gave no names
+    return whole_files([f'{top}/jpg/image_{i:05d}.jpg' for i in ids]), labels[ids - 1] - 1, [str(k + 1) for k in range(labels.max())]
 
 @reader('dtd', 'train', 'val', 'test')
 def dtd(root:Path, split:str)->tuple:
@@ -327,7 +337,8 @@ def label_map(path:str)->np.ndarray: # (h, w) uint8
     try:
         with Image.open(path, formats=('PNG',)) as im: mode, y = im.mode, np.asarray(im)
     except Exception: raise BadData(f'{path}: undecodable label map') from None
-    if mode not in 'LP' and mode[0] != 'I': raise BadData(f'{path} is of mode {mode}, but a label map has a number per pixel (mode L, P or I)')
+    if mode not in 'LP' and mode[0] != 'I':
+        raise BadData(f'{path} is of mode {mode}, but a label map has a number per pixel (mode L, P or I)')
     if y.min() < 0 or y.max() > IGNORED: raise BadData(f'{path} has labels from {y.min()} to {y.max()}, but they must be 0 to {IGNORED}')
     return y.astype(np.uint8)
 
@@ -351,7 +362,8 @@ class Maps:
         try: im = decode(Path(self.images[i]).read_bytes(), size, square=True)
         except BadSample as e: raise BadData(f'{self.images[i]}: {e}') from None
         y, (w, h) = label_map(self.maps[i]), shown_size(self.images[i])
-        if y.shape != (h, w): raise BadData(f'{self.images[i]} is of {w} x {h} px, but its map {self.maps[i]} of {y.shape[1]} x {y.shape[0]} px')
+        if y.shape != (h, w):
+            raise BadData(f'{self.images[i]} is of {w} x {h} px, but its map {self.maps[i]} of {y.shape[1]} x {y.shape[0]} px')
         lost = y[(y >= len(self.classes)) & (y != IGNORED)]
         if lost.size: raise BadData(f'{self.maps[i]} has class {lost[0]}, but there are {len(self.classes)} classes, counted from 0')
         return im, np.asarray(Image.fromarray(y).resize((size, size), Image.Resampling.NEAREST, middle(w, h, size)))
@@ -364,7 +376,8 @@ class Maps:
 def map_pairs(root:Path, split:str)->tuple: # -> paths of pictures, paths of their maps
     "The files of a split"
     kind = next((k for k in ('labels', 'annotations', 'masks') if (root/k).is_dir()), None)
-    check(kind and (root/'images').is_dir(), f'{root} needs a folder images/, and labels/, annotations/ or masks/ beside it, each with a folder per split')
+    check(kind and (root/'images').is_dir(),
+          f'{root} needs a folder images/, and labels/, annotations/ or masks/ beside it, each with a folder per split')
     d = root/'images'/split_word(split, lambda w: (root/'images'/w).is_dir(), root/'images')
     images = list(pictures(d))
     maps = [f'{root}/{kind}/{os.path.splitext(os.path.relpath(p, root/"images"))[0]}.png' for p in images]
@@ -384,7 +397,9 @@ def open_maps(spec:str, # folder
     root = Path(spec).expanduser()
     images, maps = map_pairs(root, split)
     if (root/'classes.txt').exists(): classes = lines(root/'classes.txt')
-    else: classes = [str(k) for k in range(1 + max(int(y[y != IGNORED].max(initial=0)) for y in threads().map(label_map, map_pairs(root, 'train')[1])))]
+    else:
+        classes = [str(k) for k in range(1 + max(int(y[y != IGNORED].max(initial=0))
+                                                 for y in threads().map(label_map, map_pairs(root, 'train')[1])))]
     check(1 < len(classes) <= IGNORED, f'{spec} has {len(classes)} classes; it must have 2 to {IGNORED}')
     pick = np.random.default_rng(seed).permutation(len(images))[:limit or None]
     images, maps = ([x[i] for i in pick] for x in (images, maps))

@@ -48,13 +48,15 @@ STAGES = dict(pretrain=pretrain, probe=probe, analysis=analysis, vmcbench=vmcben
 GALLERY, PICTURES = 12, 6  # pairs kept of each side of an analysis, pictures whose patch tokens are kept
 _NAMES = 'preset', 'objective', 'seed', 'name', 'encoder', 'encoders', 'vlm', 'against'  # say which run it is, and not how it was made
 _MACHINERY = *pretrain.MACHINERY, 'cached', 'shard', 'recompute', 'device'
-_ELSEWHERE = dict(vlm=('questions',), probe=('data', 'authors', 'batch'), analysis=('batch',), vmcbench=('questions', 'how', 'blind', 'batch'))  # what the rows of a kind say themselves, or what changes no number
+_ELSEWHERE = dict(vlm=('questions',), probe=('data', 'authors', 'batch'), analysis=('batch',),
+                  vmcbench=('questions', 'how', 'blind', 'batch'))  # what the rows of a kind say themselves, or what changes no number
 
 def deciding(kind:str, preset:str, objective:str='', then:dict={})->tuple: # settings.json -> settings, of the preset and of the run
     "What decides a run's numbers, by name; a setting that is newer than the run had its default, and data that the preset leaves open is told apart by its fingerprint"
     make = dict(STAGES, vlm=vlm)[kind].settings
     own = make(preset, objective) if kind == 'pretrain' else make(preset)
-    base = {k: v for k, v in asdict(own).items() if k not in (*_NAMES, *_MACHINERY, *_ELSEWHERE.get(kind, ())) and not (k.endswith('data') and v == '')}
+    base = {k: v for k, v in asdict(own).items() if k not in (*_NAMES, *_MACHINERY, *_ELSEWHERE.get(kind, ()))
+            and not (k.endswith('data') and v == '')}
     return base, {f.name: then.get(f.name, f.default) for f in fields(own) if f.name in base}
 
 def identity(folder:Path)->dict: # a finished run
@@ -64,8 +66,10 @@ def identity(folder:Path)->dict: # a finished run
     base, own = deciding(kind, s['preset'], s.get('objective', ''), s)
     of = next((s[k] for k in ('encoder', 'encoders', 'vlm') if k in s), '')
     weights = load_encoder(str(folder)).fingerprint if kind == 'pretrain' else vmcbench.saved(Path(folder)) if kind == 'vlm' else ''
-    return dict(version=RESULTS, run=Path(folder).name, kind=kind, preset=s['preset'], objective=s.get('objective', ''), seed=s['seed'], of=','.join(beside(n, Path(folder)) for n in of.split(',')),
-                variant=' '.join(f'{variant_key(kind, k)}={v}' for k, v in own.items() if v != base[k]), settings=digest(own), data=s['fingerprint'], weights=weights, commit=e['commit'], device=e['device'])
+    return dict(version=RESULTS, run=Path(folder).name, kind=kind, preset=s['preset'], objective=s.get('objective', ''), seed=s['seed'],
+                of=','.join(beside(n, Path(folder)) for n in of.split(',')),
+                variant=' '.join(f'{variant_key(kind, k)}={v}' for k, v in own.items() if v != base[k]), settings=digest(own),
+                data=s['fingerprint'], weights=weights, commit=e['commit'], device=e['device'])
 
 def beside(name:str, folder:Path)->str: # an encoder or a VLM as a run was given it
     "The name of a run that was given by its path, and lies beside this one"
@@ -93,9 +97,11 @@ def collect(preset:str, runs:Path|None=None, to:Path|None=None)->Path: # runs/, 
     check(rows, f'{runs} has no finished run of the preset {preset}')
     who = of_runs(pd.DataFrame(rows), set(read_table(table).get('run', ())))
     folders = [runs/name for name in who.run]
-    tables = dict(runs=who, **{k: m.collect([d for d, kind in zip(folders, who.kind) if kind == k]) for k, m in STAGES.items() if (who.kind == k).any()})
+    tables = dict(runs=who, **{k: m.collect([d for d, kind in zip(folders, who.kind) if kind == k])
+                               for k, m in STAGES.items() if (who.kind == k).any()})
     tables['pairs'] = pairs_of([d for d, kind in zip(folders, who.kind) if kind == 'analysis'])
-    tables['patches'] = patches_of([d for d, w in zip(folders, who.itertuples()) if w.kind == 'pretrain' and not w.seed and not w.variant], vlm.settings(preset).layer)
+    tables['patches'] = patches_of([d for d, w in zip(folders, who.itertuples()) if w.kind == 'pretrain' and not w.seed and not w.variant],
+                                   vlm.settings(preset).layer)
     tables['questions'] = questions_of([d for d, kind in zip(folders, who.kind) if kind == 'vmcbench'])
     for k, t in ((k, t) for k, t in tables.items() if len(t)):
         path, key = to/f'{k}_{preset}.csv', 'fingerprint' if k == 'questions' else 'run'
@@ -118,14 +124,18 @@ def pairs_of(folders)->pd.DataFrame: # finished analyses
     for d in folders:
         s, r = (read_json(d/f) for f in ('settings.json', 'result.json'))
         if s['data'] != 'world': continue
-        for side in 'first', 'second': rows += [dict(run=d.name, side=side, alike_for=r['disagreement'][side]['alike_for'], unlike_for=r['disagreement'][{'first': 'second', 'second': 'first'}[side]]['alike_for'],
-                                                     i=t.i, j=t.j, first=t.first, second=t.second) for t in distinct(pd.read_csv(d/f'pairs-{side}-ranks.csv'), GALLERY).itertuples()]
+        for side in 'first', 'second':
+            rows += [dict(run=d.name, side=side, alike_for=r['disagreement'][side]['alike_for'],
+                          unlike_for=r['disagreement'][{'first': 'second', 'second': 'first'}[side]]['alike_for'],
+                          i=t.i, j=t.j, first=t.first, second=t.second)
+                          for t in distinct(pd.read_csv(d/f'pairs-{side}-ranks.csv'), GALLERY).itertuples()]
     return pd.DataFrame(rows)
 
 def questions_of(folders)->pd.DataFrame: # finished scorings
     "Data set and right letter of every question that was asked"
     asked = {(q := read_json(d/'result.json')['questions'])['fingerprint']: (q['name'], d) for d in folders}
-    return pd.DataFrame([dict(questions=name, fingerprint=f, i=r['row'], category=r['category'], answer=r['answer']) for f, (name, d) in asked.items() for r in predictions(d)])
+    return pd.DataFrame([dict(questions=name, fingerprint=f, i=r['row'], category=r['category'], answer=r['answer'])
+                         for f, (name, d) in asked.items() for r in predictions(d)])
 
 def patches_of(folders, layer:int)->pd.DataFrame: # finished pre-trainings
     "Colours of patch tokens in some of the world's test pictures, row by row: each pre-trained encoder's, and the first one's before training"
@@ -134,7 +144,8 @@ def patches_of(folders, layer:int)->pd.DataFrame: # finished pre-trainings
     return pd.DataFrame([dict(run=run, encoder=kind + run, i=i, width=c.shape[1], colours=np.uint8(255*c + .5).tobytes().hex())
                          for run, kind, d in encoders for i, c in enumerate(analysis.patch_colours(load_encoder(f'{kind}{d}'), images, layer))])
 
-def read_table(path:Path)->pd.DataFrame: return pd.read_csv(path, dtype=dict(variant=str, colours=str), keep_default_na=False, na_values=dict.fromkeys(('value', 'low', 'high'), '')) if path.exists() else pd.DataFrame()
+def read_table(path:Path)->pd.DataFrame:
+    return pd.read_csv(path, dtype=dict(variant=str, colours=str), keep_default_na=False, na_values=dict.fromkeys(('value', 'low', 'high'), '')) if path.exists() else pd.DataFrame()
 
 # %% ../nbs/07_study.ipynb #e3cef500
 class Results:
@@ -170,12 +181,14 @@ class Results:
         name = encoder.removeprefix('random:')
         check(name in self.encoders.index, f'the results speak of the encoder {encoder}, of which runs_{self.preset}.csv knows nothing')
         e = self.encoders.loc[name]
-        return dict(objective=e.objective if name == encoder else 'untrained', seed=e.seed, variant=e.variant, known=e.weights if name == encoder else '')
+        return dict(objective=e.objective if name == encoder else 'untrained', seed=e.seed, variant=e.variant,
+                    known=e.weights if name == encoder else '')
 
     def _with_encoders(self, t:pd.DataFrame, weights:str='')->pd.DataFrame:
         known = {e: self.who(e) for e in t.encoder.unique()}
         for e, w in t[['encoder', weights]].drop_duplicates().itertuples(index=False) if weights else ():
-            check(known[e]['known'][:12] in ('', str(w)[:12]), f'{e} has weights {known[e]["known"]} in one table and {w} in another: they are of different runs')
+            check(known[e]['known'][:12] in ('', str(w)[:12]),
+                  f'{e} has weights {known[e]["known"]} in one table and {w} in another: they are of different runs')
         own = self.runs.set_index('run').variant
         lacks = set(t.run) - set(own.index)
         check(not lacks, f'the results speak of the run {", ".join(sorted(lacks)[:1])}, of which runs_{self.preset}.csv knows nothing')
@@ -193,12 +206,14 @@ class Results:
     @cached_property
     def analysis(self)->pd.DataFrame: 
         t = self._with_encoders(self._read('analysis'), 'weights')
-        return t[t.what.str.startswith('shared') | ~t.duplicated(['encoder', 'variant', 'what', 'row', 'readout', 'value'])]  # some are analysed beside several others, with which they make pairs
+        # some are analysed beside several others, with which they make pairs
+        return t[t.what.str.startswith('shared') | ~t.duplicated(['encoder', 'variant', 'what', 'row', 'readout', 'value'])]
     @cached_property
     def answers(self)->pd.DataFrame:
         t = self._read('vmcbench')
         sets = sorted(set(t.questions))
-        check(self.asked in sets or not self.asked and len(sets) == 1, f'runs of {self.preset} answered the questions {" and ".join(sets)}; asked={self.asked!r} must be one of these')
+        check(self.asked in sets or not self.asked and len(sets) == 1,
+              f'runs of {self.preset} answered the questions {" and ".join(sets)}; asked={self.asked!r} must be one of these')
         t = t[t.questions == (self.asked or sets[0])]
         of = self.runs[self.runs.kind == 'vlm'].set_index('run')
         known = t.encoder.str.removeprefix('random:').isin(self.encoders.index)  # others were given by a path
@@ -217,7 +232,8 @@ class Results:
         asked = self.answers[self.answers.run.map(self.runs.set_index('run').variant) == '']  # others were asked less, or other questions
         fingerprints, n, t = set(asked.fingerprint), {len(v) for k in set(vmcbench.PROTOCOLS.values()) for v in asked[k] if v}, self._read('questions')
         t = t[t.fingerprint.isin(fingerprints)].sort_values('i')
-        check(len(fingerprints) == 1 and n == {len(t)}, f'questions_{self.preset}.csv must have the questions {" or ".join(sorted(fingerprints))} that runs answered, and these alone once')
+        check(len(fingerprints) == 1 and n == {len(t)},
+              f'questions_{self.preset}.csv must have the questions {" or ".join(sorted(fingerprints))} that runs answered, and these alone once')
         return Questions(t.questions.iloc[0], *fingerprints, t[['category', 'answer']].to_dict('records'))
 
     def versions(self)->pd.DataFrame:
@@ -296,7 +312,8 @@ def matched(r:Results, matching:str, a:str, b:str)->dict: # objectives -> {objec
     runs = {o: pretrain.settings(r.preset, o) for o in (a, b) if o not in ('clip', 'untrained')} if matching == 'compute' else {}
     return {o: f'samples={n}' for o, run in runs.items() if (n := pretrain.samples_at_cost_of(run)) < run.samples}
 
-LENGTHS = {'shorter stage 1': ('stage1_samples', min), 'longer stage 2': ('stage2_samples', max)}  # of VLMs' training, other than the preset's: setting, which of its values
+# of VLMs' training, other than the preset's: setting, which of its values
+LENGTHS = {'shorter stage 1': ('stage1_samples', min), 'longer stage 2': ('stage2_samples', max)}
 
 def of_length(r:Results, length:str)->str: # one of `LENGTHS`; empty for the preset's -> variant
     "How VLMs of another length differ from the preset's: the shortest or longest there are"
@@ -341,14 +358,16 @@ def answered(r:Results, members, a:str, b:str, protocol:str='calibrated', aggreg
 def differences(r:Results, a:str, b:str, protocol:str, variants:dict, seeds=None)->dict: # seed -> (n,)
     "Right answers of one objective's VLM less those of the other's, question by question"
     ours, theirs = (of_vlms(r, o, protocol, variants.get(o, ''), seeds) for o in (a, b))
-    check(ours and list(ours) == list(theirs), f'answers{" with " + ", ".join(dict.fromkeys(filter(None, variants.values()))) if any(variants.values()) else ""}: '
+    check(ours and list(ours) == list(theirs),
+          f'answers{" with " + ", ".join(dict.fromkeys(filter(None, variants.values()))) if any(variants.values()) else ""}: '
           f'{a} has the seeds {list(ours)} and {b} has {list(theirs)}; they must have the same')
     return {s: ours[s] - theirs[s] for s in ours}
 
 def of_vlms(r:Results, objective:str, protocol:str, variant:str='', seeds=None)->dict: # seed -> (n,)
     "Which questions an objective's VLMs answer right"
     runs = r.answers[(r.answers.objective == objective) & (r.answers.variant == variant) & ~r.answers.blind].sort_values('seed')
-    runs = runs[(runs[vmcbench.PROTOCOLS[protocol]] != '') & (runs.seed.isin(seeds) if seeds is not None else True)]  # not all were asked in each way
+    # not all were asked in each way
+    runs = runs[(runs[vmcbench.PROTOCOLS[protocol]] != '') & (runs.seed.isin(seeds) if seeds is not None else True)]
     check(runs.seed.is_unique, f'answers: {objective} has several for seed {runs.seed[runs.seed.duplicated()][:1].tolist()}; keep the scoring of one VLM for each seed: {", ".join(runs.run[runs.seed.duplicated(keep=False)][:3])}')
     return dict(zip(runs.seed, right(runs, r.questions, protocol))) if len(runs) else {}
 
@@ -357,7 +376,8 @@ def on_average(r:Results, members, values, aggregation:str)->Effect: # (s, n) nu
     at = [i for i, q in enumerate(r.questions.rows) if q['category'] in members]
     values, categories = np.array(values)[:, at], [r.questions.rows[i]['category'] for i in at]
     def overall(v, **k): return aggregate(v, categories, **k)[aggregation]['overall']
-    return effect([100*overall(v, draws=1)['value'] for v in values], 100*np.ptp(overall(values.mean(0))['interval'])/2/norm.ppf(.975))  # the questions' part, by bootstrap of their mean over seeds
+    # the questions' part, by bootstrap of their mean over seeds
+    return effect([100*overall(v, draws=1)['value'] for v in values], 100*np.ptp(overall(values.mean(0))['interval'])/2/norm.ppf(.975))
 
 # %% ../nbs/07_study.ipynb #703daca5
 @dataclass(frozen=True)
@@ -420,7 +440,8 @@ def show_moves(r)->pd.DataFrame:
     "Sensitivities that claims 3 are made of, as means of seeds; and differences with their intervals, also from encoders that have learned nothing"
     t = analysed(r, 'sensitivity').pivot_table(index='row', columns='objective', values='value')[['clip', 'dino', 'untrained']]
     def said(d): return '{:+.2f} [{:+.2f},\xa0{:+.2f}]'.format((e := mean_of([d], 'distances')).value, *e.interval())
-    for name, how in {'CLIP minus DINO': {}, 'the same at equal accuracy': dict(matching='accuracy'), 'DINO minus untrained': dict(a='dino', b='untrained')}.items():
+    for name, how in {'CLIP minus DINO': {}, 'the same at equal accuracy': dict(matching='accuracy'),
+                      'DINO minus untrained': dict(a='dino', b='untrained')}.items():
         try: t[name] = pd.Series({f: said(d) for f, d in moves(r, **how).items()})
         except SettingsError: continue  # whose runs are not there
     return t.loc[list(moves(r))].rename_axis(index='factor', columns='').reset_index()
@@ -458,7 +479,8 @@ def text_encoder(r, a='clip-lm', b='clip', protocol='calibrated', aggregation='t
 
 def language_models(r, a, b, protocol, aggregation)->np.ndarray: # of `of_vlms`: (seeds, 2, 2, n): language models and objectives
     "Answers with two language models, first those with the better one, with which more general questions are answered"
-    other = [v for v in dict.fromkeys(r.answers.variant[r.answers.objective == a]) if re.fullmatch(r'llm=\S+( template=\S*)?', v) and v in set(r.answers.variant[r.answers.objective == b])]
+    other = [v for v in dict.fromkeys(r.answers.variant[r.answers.objective == a]) if re.fullmatch(r'llm=\S+( template=\S*)?', v)
+             and v in set(r.answers.variant[r.answers.objective == b])]
     check(len(other) == 1, f'there must be VLMs of {a} and {b} with one language model besides that of the preset, and there are {", ".join(other) or "none"}: the study llm has them')
     t = {(l, o): of_vlms(r, o, protocol, l) for l in ('', *other) for o in (a, b)}
     seeds = sorted(set.intersection(*map(set, t.values())))
@@ -473,15 +495,18 @@ def general(r, values, aggregation)->Effect: # (seeds, ..., n)
 def is_better(r, a='clip', b='dino', protocol='calibrated', aggregation='twenty')->dict: # of `Claim.presumes`
     "That one language model is better for both objectives' VLMs, and the other good for something"
     v = language_models(r, a, b, protocol, aggregation)
-    return {f'{o} not shown to answer more with one of them': general(r, v[:, 0, k] - v[:, 1, k], aggregation) for k, o in enumerate((a, b))} | {
+    return {f'{o} not shown to answer more with one of them': general(r, v[:, 0, k] - v[:, 1, k], aggregation)
+            for k, o in enumerate((a, b))} | {
             f'{o} not shown above chance with both': general(r, v[:, 1, k] - 1/len(LETTERS), aggregation) for k, o in enumerate((a, b))}
 
-@claim('8', 'The gap in general questions grows with a better language model', 'wider with Qwen2-7B than with Vicuna-7B', 1, presumes=is_better)
+@claim('8', 'The gap in general questions grows with a better language model', 'wider with Qwen2-7B than with Vicuna-7B', 1,
+       presumes=is_better)
 def language_model(r, a='clip', b='dino', protocol='calibrated', aggregation='twenty')->Effect:
     "General group: the gap with the better of two language models less the gap with the other (the paper, appendix C)"
     v = language_models(r, a, b, protocol, aggregation)
     gaps = v[:, :, 0] - v[:, :, 1]
-    return general(r, gaps[:, 0] - gaps[:, 1], aggregation)  # seed by seed and question by question, as one gap shares encoders and questions with the other
+    # seed by seed and question by question, as one gap shares encoders and questions with the other
+    return general(r, gaps[:, 0] - gaps[:, 1], aggregation)
 
 # %% ../nbs/07_study.ipynb #a054b88f
 MARGIN, ALPHA = 2., .05  # points that count as no difference; level of all tests
@@ -499,7 +524,8 @@ def outcome(e:Effect, sign:int)->tuple: # -> p-value, what it would show
 
 def judge(r:Results, **how)->pd.DataFrame: # arguments of the claims but `a` and `b`; those claims are judged that have them
     "Every claim with its effect, interval, each seed's effect and verdict; `p` is corrected, `p_at_0` is what a test of equality would have had, uncorrected, with an effect of 0"
-    check(not {'a', 'b'} & set(how), "judge is about the objectives that the claims name; for others call a claim's function, as in classification(r, a='hybrid', b='dino')")
+    check(not {'a', 'b'} & set(how),
+          "judge is about the objectives that the claims name; for others call a claim's function, as in classification(r, a='hybrid', b='dino')")
     rows = []
     for c in (c for c in CLAIMS.values() if set(how) <= set(signature(c.f).parameters)):
         row = dict(claim=c.id, says=c.says, paper=c.paper, floor='', why='')
@@ -512,17 +538,24 @@ def judge(r:Results, **how)->pd.DataFrame: # arguments of the claims but `a` and
         else:
             p, shows = outcome(e, c.sign)
             rows.append(dict(row, p=p, p_at_0=outcome(replace(e, value=0.), 0)[0] if c.sign == 0 else math.nan, verdict=shows))
-    t = pd.DataFrame(rows).reindex(columns=['claim', 'says', 'paper', 'effect', 'low', 'high', 'unit', 'seeds', 'each', 'p', 'p_at_0', 'verdict', 'floor', 'why'])
+    t = pd.DataFrame(rows).reindex(columns=['claim', 'says', 'paper', 'effect', 'low', 'high', 'unit', 'seeds', 'each', 'p', 'p_at_0',
+                                            'verdict', 'floor', 'why'])
     done = t.p.notna()
-    t.loc[done, 'p'] = multipletests(t.p.fillna(1.), ALPHA, 'holm')[1][done]  # claims whose runs are missing count too, so that no other gains by it
+    # claims whose runs are missing count too, so that no other gains by it
+    t.loc[done, 'p'] = multipletests(t.p.fillna(1.), ALPHA, 'holm')[1][done]
     t.loc[done & (t.p >= ALPHA), 'verdict'] = 'inconclusive'
     t.loc[t.floor != '', 'verdict'] = 'not shown better'
     return t
 
 # %% ../nbs/07_study.ipynb #2aa0bb85
-WAYS = {'equal samples': {}, 'equal accuracy': dict(matching='accuracy'), 'longer stage 2': dict(length='longer stage 2')}  # how everything is reported
-OTHERWISE = WAYS | {'equal compute': dict(matching='compute'), 'shorter stage 1': dict(length='shorter stage 1'), 'class token alone': dict(how='linear_cls'), '20 nearest neighbours': dict(how='knn'), 'mean patch': dict(readout='mean patch'), 'standardised class token': dict(readout='standardised'), 'generated answers': dict(protocol='generate'),
-                    'unparsed is wrong': dict(protocol='strict'), 'likeliest letter': dict(protocol='likelihood'), 'mean over questions': dict(aggregation='questions')}
+# how everything is reported
+WAYS = {'equal samples': {}, 'equal accuracy': dict(matching='accuracy'), 'longer stage 2': dict(length='longer stage 2')}
+OTHERWISE = WAYS | {'equal compute': dict(matching='compute'), 'shorter stage 1': dict(length='shorter stage 1'),
+                    'class token alone': dict(how='linear_cls'), '20 nearest neighbours': dict(how='knn'),
+                    'mean patch': dict(readout='mean patch'), 'standardised class token': dict(readout='standardised'),
+                    'generated answers': dict(protocol='generate'),
+                    'unparsed is wrong': dict(protocol='strict'), 'likeliest letter': dict(protocol='likelihood'),
+                    'mean over questions': dict(aggregation='questions')}
 
 def judgements(r:Results)->dict: # one of `WAYS`: of `judge`
     "All claims, each way"
@@ -543,12 +576,16 @@ def show_claims(tables:dict): # of `judgements`
     if not tables: return say('no claim has an interval yet')
     t = pd.concat([t[t.low.notna()].assign(way=k) for k, t in enumerate(tables.values())])
     rows = {u: [i for i in CLAIMS if i in set(t.claim[t.unit == u])] for u in dict.fromkeys(t.unit)}
-    fig, axes = plt.subplots(len(rows), figsize=(7.5, .5*sum(map(len, rows.values())) + .75*len(rows)), height_ratios=[len(r) + .6 for r in rows.values()], squeeze=False, layout='constrained')
+    fig, axes = plt.subplots(len(rows), figsize=(7.5, .5*sum(map(len, rows.values())) + .75*len(rows)),
+                             height_ratios=[len(r) + .6 for r in rows.values()], squeeze=False, layout='constrained')
     for ax, (u, ids) in zip(axes[:, 0], rows.items()):
-        for c in t[t.unit == u].itertuples(): ax.errorbar(c.effect, ids.index(c.claim) + .24*(c.way - (len(tables) - 1)/2), xerr=[[c.effect - c.low], [c.high - c.effect]], fmt='os^'[c.way], ms=5, lw=1.5, color=VERDICTS[c.verdict])
+        for c in t[t.unit == u].itertuples():
+            ax.errorbar(c.effect, ids.index(c.claim) + .24*(c.way - (len(tables) - 1)/2), xerr=[[c.effect - c.low], [c.high - c.effect]],
+                        fmt='os^'[c.way], ms=5, lw=1.5, color=VERDICTS[c.verdict])
         ax.axvline(0, color='grey', lw=1)
         if u == 'points': ax.axvspan(-MARGIN, MARGIN, color='.93', zorder=0)
-        ax.set(yticks=range(len(ids)), yticklabels=[f'{CLAIMS[i].says}  ({i})' for i in ids], ylim=(len(ids) - .4, -.6), xlabel=f'difference, {UNITS.get(u, u)}')
+        ax.set(yticks=range(len(ids)), yticklabels=[f'{CLAIMS[i].says}  ({i})' for i in ids], ylim=(len(ids) - .4, -.6),
+               xlabel=f'difference, {UNITS.get(u, u)}')
         ax.locator_params(axis='x', nbins=6)
     def marks(labels, **looks): return [(plt.Line2D([], [], ls='', **{k: f(v) for k, f in looks.items()}), v) for v in labels]
     have = marks((v for v in VERDICTS if v in set(t.verdict)), color=VERDICTS.get, marker=lambda v: 'o') + marks((w for k, w in enumerate(tables) if k in set(t.way)), color=lambda w: 'k', marker=lambda w: 'os^'[list(tables).index(w)])
@@ -560,7 +597,8 @@ def measured(c)->str: # row of `judge`
     if c.effect != c.effect: return ''
     digits = DIGITS[c.unit]
     def number(x): return f'{round(x, digits) + 0.:+.{digits}f}'  # the sum: no -0.0
-    return number(c.effect) + ' points'*(c.unit == 'points') + (f' [{number(c.low)},\xa0{number(c.high)}]' if c.low == c.low else '')  # which no line breaks in two
+    # which no line breaks in two
+    return number(c.effect) + ' points'*(c.unit == 'points') + (f' [{number(c.low)},\xa0{number(c.high)}]' if c.low == c.low else '')
 
 def ruled(c)->str: # row of `judge`
     "Verdict of a claim, or what it presupposes and is not shown"
@@ -578,18 +616,22 @@ def told(tables:dict, *ids): # of `judgements`
     "Some claims in sentences"
     lines = {}
     for way, t in tables.items():
-        for c in t[t.claim.isin(ids)].itertuples(): lines.setdefault(f'- **{c.says}** (claim {c.claim}; the paper: {c.paper}). ', []).append(f'{way.capitalize()}: {found(c)}')
+        for c in t[t.claim.isin(ids)].itertuples():
+            lines.setdefault(f'- **{c.says}** (claim {c.claim}; the paper: {c.paper}). ', []).append(f'{way.capitalize()}: {found(c)}')
     return Markdown('\n'.join(head + '; '.join(parts) + '.' for head, parts in lines.items()))
 
 def verdicts(tables:dict)->pd.DataFrame: # of `judgements`
     "All claims in a table"
     first = next(iter(tables.values()))
-    def cells(t): return first.claim.map({c.claim: ', '.join(filter(None, (measured(c), ruled(c) + p_value(c)))) for c in t.itertuples()}).fillna('')
+    def cells(t):
+        return first.claim.map({c.claim: ', '.join(filter(None, (measured(c), ruled(c) + p_value(c)))) for c in t.itertuples()}).fillna('')
     return pd.DataFrame({'': first.claim, 'claim': first.says, 'the paper': first.paper, **{way: cells(t) for way, t in tables.items()}})
 
 def abstract(r:Results, tables:dict): # of `judgements`
     "What is found, by verdict"
-    def listed(t): return '\n'.join(f'- *{v}*: ' + '; '.join(f'{c.says}: {measured(c)}'.removesuffix(': ') for c in g.itertuples()) for v, g in t.groupby(t.apply(ruled, axis=1), sort=False))
+    def listed(t):
+        return '\n'.join(f'- *{v}*: ' + '; '.join(f'{c.says}: {measured(c)}'.removesuffix(': ') for c in g.itertuples())
+                         for v, g in t.groupby(t.apply(ruled, axis=1), sort=False))
     seeds = sorted({int(n) for t in tables.values() for n in t.seeds.dropna()})
     return Markdown('\n\n'.join([f'Preset `{r.preset}`, {" or ".join(map(str, seeds)) or "no"} seeds, {len(r.questions)} questions for each VLM; effects with 95% intervals.', *(f'{way.capitalize()}:\n\n{listed(t)}' for way, t in tables.items())]))
 
@@ -620,9 +662,13 @@ if __name__ == '__main__' and '__file__' in globals():  # as a program; in a not
     except (SettingsError, CannotWrite, BadData) as e: sys.exit(str(e))
 
 # %% ../nbs/07_study.ipynb #c7bc0bb6
-LINES = {'linear probe': dict(objects='object', words='word', colour='colour', style='style'), 'VLM': dict(OCR=list(GROUPS['OCR']), Vision=list(VISION), all=list(CATEGORIES))}  # what is followed: tasks, or data sets of questions
+LINES = {'linear probe': dict(objects='object', words='word', colour='colour', style='style'),
+         # what is followed: tasks, or data sets of questions
+         'VLM': dict(OCR=list(GROUPS['OCR']), Vision=list(VISION), all=list(CATEGORIES))}
 LINE_COLOURS = dict(objects='C0', words='C1', colour='C3', style='C4', OCR='C1', Vision='C2', all='k')
-VARIED = dict(images='distinct images', captions='captions', samples='images seen by CLIP (DINO: full run)', stage1_samples='captions seen in stage 1', stage2_samples='conversations seen in stage 2', connector='connector', llm='language model')  # setting -> what figures call it
+VARIED = dict(images='distinct images', captions='captions', samples='images seen by CLIP (DINO: full run)',
+              stage1_samples='captions seen in stage 1', stage2_samples='conversations seen in stage 2', connector='connector',
+              llm='language model')  # setting -> what figures call it
 ONLY_CLIP = 'captions', 'samples'  # which DINO's runs do not vary with
 
 def runs_of(r:Results, how:str)->pd.DataFrame: return r.answers[~r.answers.blind] if how == 'VLM' else r.probe
@@ -630,7 +676,8 @@ def runs_of(r:Results, how:str)->pd.DataFrame: return r.answers[~r.answers.blind
 def values_of(r:Results, key:str, how:str, a:str)->dict: # a setting -> value: variant
     "What a setting was varied over: the preset's own value first"
     own, t = pretrain.settings(r.preset, a) if hasattr(pretrain.settings(r.preset, a), key) else vlm.settings(r.preset), runs_of(r, how)
-    found = {m[1]: v for v in sorted(set(t.variant[t.objective == a])) if (m := re.fullmatch(rf'{key}=(\S+)( (?:warmup|template)=\S*)?', v))}
+    found = {m[1]: v for v in sorted(set(t.variant[t.objective == a]))
+             if (m := re.fullmatch(rf'{key}=(\S+)( (?:warmup|template)=\S*)?', v))}
     return {str(getattr(own, key)): '', **{k: found[k] for k in (POLICIES if key == 'captions' else found) if k in found}}
 
 def along(r:Results, key:str, how:str='VLM', a:str='clip', b:str='dino', **choice)->pd.DataFrame: # one of `LINES`
@@ -654,7 +701,8 @@ def show_along(t:pd.DataFrame, key:str, ax): # of `along`
     for k, (line, rows) in enumerate(t.groupby('line', sort=False)):
         rows, shift, c = rows.set_index('value').reindex([n for n in names if n in set(t.value)]), k - (len(lines) - 1)/2, LINE_COLOURS[line]
         x = np.array([int(v)*1.04**shift if number else names.index(v) + .12*shift for v in rows.index])
-        ax.errorbar(x, rows.effect, yerr=[rows.effect - rows.low, rows.high - rows.effect], fmt='-' if number else 'none', lw=1.2, color=c, ecolor=c)
+        ax.errorbar(x, rows.effect, yerr=[rows.effect - rows.low, rows.high - rows.effect], fmt='-' if number else 'none', lw=1.2, color=c,
+                    ecolor=c)
         for one, fill in (rows.seeds > 1, c), (rows.seeds == 1, 'w'): ax.plot(x[one], rows.effect[one], 'o', ms=4.5, color=c, mfc=fill)
     ax.axhline(0, color='grey', lw=1)
     if number: ax.set(xscale='log', xticks=[int(n) for n in names], xticklabels=[f'{int(n):,}' for n in names]), ax.minorticks_off()
@@ -671,7 +719,9 @@ def show_varied(r:Results):
         for ax, how in zip(line, LINES):
             if (k, how) in tables: show_along(tables[k, how], k, ax), ax.set_ylabel('CLIP minus DINO, points')
             else: ax.set_axis_off()
-    for ax, (how, lines) in zip(axes[0], LINES.items()): ax.legend([plt.Line2D([], [], marker='o', color=LINE_COLOURS[l]) for l in lines], lines, title=how, loc='lower center', bbox_to_anchor=(.5, 1), ncols=len(lines), columnspacing=1)
+    for ax, (how, lines) in zip(axes[0], LINES.items()):
+        ax.legend([plt.Line2D([], [], marker='o', color=LINE_COLOURS[l]) for l in lines], lines, title=how, loc='lower center',
+                  bbox_to_anchor=(.5, 1), ncols=len(lines), columnspacing=1)
 
 # %% ../nbs/07_study.ipynb #bd1db629
 READ = *SETS, 'object', 'within families', 'word', 'count', 'position', 'colour', 'background', 'texture', 'style'  # tasks of linear probes
@@ -696,7 +746,8 @@ def show_kinds(tables:dict): # name of a matching -> of `kinds_of_tasks`
     for k, (name, t) in enumerate(tables.items()):
         for how, rows in t.groupby('how', sort=False):
             y = np.array([order.index(w) for w in rows.what]) + .26*(k - .5*(len(tables) - 1))
-            ax.errorbar(rows.effect, y, xerr=[rows.effect - rows.low, rows.high - rows.effect], fmt='os'[k], mfc='w' if k else colours[how], ms=5, lw=1.3, color=colours[how], label=f'{how}, {name}')
+            ax.errorbar(rows.effect, y, xerr=[rows.effect - rows.low, rows.high - rows.effect], fmt='os'[k],
+                        mfc='w' if k else colours[how], ms=5, lw=1.3, color=colours[how], label=f'{how}, {name}')
     for i in range(len(order)): ax.axhline(i + .5, color='.92', lw=.8, zorder=0)
     ax.axvline(0, color='grey', lw=1)
     ax.set(yticks=range(len(order)), yticklabels=order, ylim=(len(order) - .5, -.5), xlabel='CLIP minus DINO, points')
@@ -719,8 +770,10 @@ def show_patch_tokens(r:Results, size:int=96):
     "Test pictures, and the patch tokens of each encoder in the colours of their first three principal components"
     t = r.patches
     rows = {'picture': [render(scene(0, 'test', int(i), 'mixed'), size) for i in sorted(set(t.i))]}
-    rows |= {o: [np.frombuffer(bytes.fromhex(c.colours), np.uint8).reshape(-1, c.width, 3) for c in g.itertuples()] for o in (*pretrain.OBJECTIVES, 'untrained') if len(g := t[t.objective == o])}
-    fig, axes = plt.subplots(len(rows), len(rows['picture']), figsize=(1.1*len(rows['picture']) + .8, 1.1*len(rows)), squeeze=False, layout='constrained')
+    rows |= {o: [np.frombuffer(bytes.fromhex(c.colours), np.uint8).reshape(-1, c.width, 3) for c in g.itertuples()]
+             for o in (*pretrain.OBJECTIVES, 'untrained') if len(g := t[t.objective == o])}
+    fig, axes = plt.subplots(len(rows), len(rows['picture']), figsize=(1.1*len(rows['picture']) + .8, 1.1*len(rows)), squeeze=False,
+                             layout='constrained')
     for line, (label, pictures) in zip(axes, rows.items()):
         for ax, im in zip(line, pictures): ax.imshow(im), ax.set(xticks=[], yticks=[])
         line[0].set_ylabel(label, rotation=0, ha='right', va='center')

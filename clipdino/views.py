@@ -217,10 +217,12 @@ def make_views(groups, # lists of `View`s; the views of a group have one size
 
 class AddViews:
     "Puts the views of a batch in the place of its pictures; on the device, or in a loader's process"
-    def __init__(self, groups, seed:int, mean, std, dtype=torch.float32): self.groups, self.seed, self.mean, self.std, self.dtype = groups, seed, mean, std, dtype
+    def __init__(self, groups, seed:int, mean, std, dtype=torch.float32):
+        self.groups, self.seed, self.mean, self.std, self.dtype = groups, seed, mean, std, dtype
     @torch.no_grad()
     def __call__(self, batch:dict)->dict: # with images, hw, epochs, ids
-        views = make_views(self.groups, batch['images'], batch['hw'], self.seed, batch['epochs'], batch['ids'], self.mean, self.std, self.dtype)
+        views = make_views(self.groups, batch['images'], batch['hw'], self.seed, batch['epochs'], batch['ids'], self.mean, self.std,
+                           self.dtype)
         return {k: v for k, v in batch.items() if k not in ('images', 'hw')} | dict(views=views)
 
 def centre(images:torch.Tensor, hw:torch.Tensor, size:int, mean, std)->torch.Tensor: # (B, 3, size, size)

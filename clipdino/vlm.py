@@ -99,30 +99,42 @@ class VLMRun(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        for f, allowed in dict(preset=PRESETS, connector=CONNECTORS, captions=POLICIES, answers=('letter', 'text', 'both'), precision=('auto', 'fp32', 'bf16'), tracker=('', 'tensorboard', 'wandb')).items(): one_of(f, getattr(self, f), allowed)
-        for f, low in dict(seed=0, canvas=16, image_tokens=0, lora=0, stage1_samples=0, stage1_batch=1, stage2_samples=0, stage2_batch=1, context=8, questions=0, micro=0, processes=0, save_every=1).items():
+        for f, allowed in dict(preset=PRESETS, connector=CONNECTORS, captions=POLICIES, answers=('letter', 'text', 'both'),
+                               precision=('auto', 'fp32', 'bf16'), tracker=('', 'tensorboard', 'wandb')).items():
+            one_of(f, getattr(self, f), allowed)
+        for f, low in dict(seed=0, canvas=16, image_tokens=0, lora=0, stage1_samples=0, stage1_batch=1, stage2_samples=0, stage2_batch=1,
+                           context=8, questions=0, micro=0, processes=0, save_every=1).items():
             check(getattr(self, f) >= low, f'{f}={getattr(self, f)} must be at least {low}')
-        for f in ('stage1_lr', 'stage2_lr', 'lm_lr', 'weight_decay'): check(0 <= getattr(self, f) < math.inf, f'{f}={getattr(self, f)} must be a finite number, 0 or above')
+        for f in ('stage1_lr', 'stage2_lr', 'lm_lr', 'weight_decay'):
+            check(0 <= getattr(self, f) < math.inf, f'{f}={getattr(self, f)} must be a finite number, 0 or above')
         check(0 < self.clip_grad < math.inf, f'clip_grad={self.clip_grad} must be above 0 and finite; 1e9 does not clip')
         one_of('template', self.template, (*TEMPLATES, ''))
         for f in ('warmup', 'max_bad'): check(0 <= getattr(self, f) <= 1, f'{f}={getattr(self, f)} must be from 0 to 1')
         check(0 <= self.beta2 < 1, f'beta2={self.beta2} must be at least 0 and below 1')
         check(self.layer != 0, 'layer=0 is none: blocks count from 1, or from -1 backwards')
-        check(math.isqrt(self.image_tokens)**2 == self.image_tokens, f'image_tokens={self.image_tokens} must be a square number, as 64, 144 or 196')
-        check(not self.image_tokens or self.connector in ('pool', 'resampler'), f'image_tokens is for the connectors pool and resampler; {self.connector} makes one token of each patch')
+        check(math.isqrt(self.image_tokens)**2 == self.image_tokens,
+              f'image_tokens={self.image_tokens} must be a square number, as 64, 144 or 196')
+        check(not self.image_tokens or self.connector in ('pool', 'resampler'),
+              f'image_tokens is for the connectors pool and resampler; {self.connector} makes one token of each patch')
 
     @property
     def folder_name(self)->str: return self.name or f'vlm-{slug(self.encoder)}' + ('' if self.llm == 'world' else f'-{slug(self.llm)}')
     def of(self, stage:int, what:str): return getattr(self, f'stage{stage}_{what}')
 
 SMOKE = dict(canvas=32, stage1_samples=64, stage1_batch=16, stage2_samples=64, stage2_batch=16, questions=40, save_every=32)
-SMALL = dict(canvas=144, stage1_samples=262_144, stage1_batch=256, stage1_lr=1e-3, stage2_samples=524_288, stage2_batch=128, stage2_lr=3e-4, context=1024, save_every=65536)
-PAPER = dict(llm='lmsys/vicuna-7b-v1.5', stage1_data='', stage2_data='', stage1_samples=0, stage1_batch=256, stage1_lr=1e-3, stage2_samples=0, stage2_batch=128, stage2_lr=2e-5,
+SMALL = dict(canvas=144, stage1_samples=262_144, stage1_batch=256, stage1_lr=1e-3, stage2_samples=524_288, stage2_batch=128,
+             stage2_lr=3e-4, context=1024, save_every=65536)
+PAPER = dict(llm='lmsys/vicuna-7b-v1.5', stage1_data='', stage2_data='', stage1_samples=0, stage1_batch=256, stage1_lr=1e-3,
+             stage2_samples=0, stage2_batch=128, stage2_lr=2e-5,
              context=2048, questions=0, cached=False, micro=8, recompute=True, shard=True, save_every=65536)
 PRESET = dict(smoke=SMOKE, mini={}, small=SMALL, paper=PAPER)
-SOURCES = dict(llm='the paper', template='LLaVA-1.5: conversation v1', layer='LLaVA-1.5: mm_vision_select_layer', connector='LLaVA-1.5: mlp2x_gelu', stage1_batch='LLaVA-1.5, pretrain.sh', stage1_lr='LLaVA-1.5, pretrain.sh',
-               stage1_samples='LLaVA-1.5: one epoch of 558K captions', stage2_samples='LLaVA-1.5: one epoch of 665K conversations', stage2_batch='LLaVA-1.5, finetune.sh', stage2_lr='LLaVA-1.5, finetune.sh', warmup='LLaVA-1.5: warmup_ratio',
-               weight_decay='LLaVA-1.5', beta2="transformers' Trainer", clip_grad="transformers' Trainer", context='LLaVA-1.5: model_max_length', recompute='LLaVA-1.5: gradient_checkpointing', cached='ours: beside a 7B model the encoder is few operations, and its tokens would fill a disk',
+SOURCES = dict(llm='the paper', template='LLaVA-1.5: conversation v1', layer='LLaVA-1.5: mm_vision_select_layer',
+               connector='LLaVA-1.5: mlp2x_gelu', stage1_batch='LLaVA-1.5, pretrain.sh', stage1_lr='LLaVA-1.5, pretrain.sh',
+               stage1_samples='LLaVA-1.5: one epoch of 558K captions', stage2_samples='LLaVA-1.5: one epoch of 665K conversations',
+               stage2_batch='LLaVA-1.5, finetune.sh', stage2_lr='LLaVA-1.5, finetune.sh', warmup='LLaVA-1.5: warmup_ratio',
+               weight_decay='LLaVA-1.5', beta2="transformers' Trainer", clip_grad="transformers' Trainer",
+               context='LLaVA-1.5: model_max_length', recompute='LLaVA-1.5: gradient_checkpointing',
+               cached='ours: beside a 7B model the encoder is few operations, and its tokens would fill a disk',
                lm_lr='LLaVA-1.5 (its LoRA recipe has 2e-4 for rank 128 and 2e-5 for the connector: lm_lr 10)')
 
 def settings(preset:str='mini', **given)->VLMRun:
@@ -153,7 +165,9 @@ class Tower(PreTrainedModel):
     @property
     def encoder(self)->Encoder:
         kind = TimmEncoder if self.config.arch else HFEncoder
-        if '_encoder' not in self.__dict__: self.__dict__['_encoder'] = kind('tower', self.net, self.config.image_size, (0,)*3, (1,)*3)  # hidden, or its weights would be listed twice
+        if '_encoder' not in self.__dict__:
+            # hidden, or its weights would be listed twice
+            self.__dict__['_encoder'] = kind('tower', self.net, self.config.image_size, (0,)*3, (1,)*3)
         return self.__dict__['_encoder']
     def forward(self, pixel_values, **_):
         (cls, patches), = self.encoder.tokens(pixel_values, (self.config.layer,))
@@ -180,11 +194,14 @@ def as_vit(e:TimmEncoder)->PreTrainedModel: # raises KeyError if it has other pa
     "A plain ViT of timm as transformers' ViTModel"
     if type(e.model) is not VisionTransformer or e.patch is None: raise KeyError('a plain ViT')
     m, b = e.model, e.model.blocks[0]
-    config = ViTConfig(hidden_size=e.dim, num_hidden_layers=e.depth, num_attention_heads=b.attn.num_heads, intermediate_size=b.mlp.fc1.out_features, image_size=e.size, patch_size=e.patch, layer_norm_eps=b.norm1.eps)
+    config = ViTConfig(hidden_size=e.dim, num_hidden_layers=e.depth, num_attention_heads=b.attn.num_heads,
+                       intermediate_size=b.mlp.fc1.out_features, image_size=e.size, patch_size=e.patch, layer_norm_eps=b.norm1.eps)
     p = 'embeddings.'
-    state = renamed(m.state_dict(), {'cls_token': p + 'cls_token', 'pos_embed': p + 'position_embeddings', **{f'patch_embed.proj.{k}': f'{p}patch_embeddings.projection.{k}' for k in ('weight', 'bias')},
+    state = renamed(m.state_dict(), {'cls_token': p + 'cls_token', 'pos_embed': p + 'position_embeddings',
+                                     **{f'patch_embed.proj.{k}': f'{p}patch_embeddings.projection.{k}' for k in ('weight', 'bias')},
                                      **{f'norm.{k}': f'layernorm.{k}' for k in ('weight', 'bias')}}, 'blocks.', 'encoder.layer.',
-                    {'norm1': 'layernorm_before', 'norm2': 'layernorm_after', 'attn.proj': 'attention.output.dense', 'mlp.fc1': 'intermediate.dense', 'mlp.fc2': 'output.dense'},
+                    {'norm1': 'layernorm_before', 'norm2': 'layernorm_after', 'attn.proj': 'attention.output.dense',
+                     'mlp.fc1': 'intermediate.dense', 'mlp.fc2': 'output.dense'},
                     'attn.qkv.', [f'attention.attention.{h}' for h in ('query', 'key', 'value')])
     pooler = {'pooler.dense.weight': torch.zeros(e.dim, e.dim), 'pooler.dense.bias': torch.zeros(e.dim)}  # which nobody uses
     return ViTModel.from_pretrained(None, config=config, state_dict=state | pooler)
@@ -192,12 +209,18 @@ def as_vit(e:TimmEncoder)->PreTrainedModel: # raises KeyError if it has other pa
 def as_clip(e:OpenClipEncoder)->PreTrainedModel:
     "open_clip's ViT as transformers' CLIPVisionModel"
     m, b = e.model, e.model.transformer.resblocks[0]
-    config = CLIPVisionConfig(hidden_size=e.dim, num_hidden_layers=e.depth, num_attention_heads=b.attn.num_heads, intermediate_size=b.mlp.c_fc.out_features, image_size=e.size, patch_size=e.patch,
+    config = CLIPVisionConfig(hidden_size=e.dim, num_hidden_layers=e.depth, num_attention_heads=b.attn.num_heads,
+                              intermediate_size=b.mlp.c_fc.out_features, image_size=e.size, patch_size=e.patch,
                               hidden_act='quick_gelu' if 'Quick' in type(b.mlp.gelu).__name__ else 'gelu', layer_norm_eps=b.ln_1.eps)
     p = 'vision_model.'
     norms = {f'{a}.{k}': f'{p}{b}.{k}' for a, b in (('ln_pre', 'pre_layrnorm'), ('ln_post', 'post_layernorm')) for k in ('weight', 'bias')}
-    state = renamed({k: v for k, v in m.state_dict().items() if k != 'proj'}, {'class_embedding': f'{p}embeddings.class_embedding', 'positional_embedding': f'{p}embeddings.position_embedding.weight', 'conv1.weight': f'{p}embeddings.patch_embedding.weight', **norms},
-                    'transformer.resblocks.', f'{p}encoder.layers.', {'ln_1': 'layer_norm1', 'ln_2': 'layer_norm2', 'attn.out_proj': 'self_attn.out_proj', 'mlp.c_fc': 'mlp.fc1', 'mlp.c_proj': 'mlp.fc2'},
+    state = renamed({k: v for k, v in m.state_dict().items() if k != 'proj'},
+                    {'class_embedding': f'{p}embeddings.class_embedding',
+                     'positional_embedding': f'{p}embeddings.position_embedding.weight',
+                     'conv1.weight': f'{p}embeddings.patch_embedding.weight', **norms},
+                    'transformer.resblocks.', f'{p}encoder.layers.',
+                    {'ln_1': 'layer_norm1', 'ln_2': 'layer_norm2', 'attn.out_proj': 'self_attn.out_proj', 'mlp.c_fc': 'mlp.fc1',
+                     'mlp.c_proj': 'mlp.fc2'},
                     'attn.in_proj_', [f'self_attn.{h}_proj' for h in 'qkv'])
     return CLIPVisionModel.from_pretrained(None, config=config, state_dict=state)
 
@@ -226,12 +249,14 @@ def tower_of(e:Encoder, layer:int)->PreTrainedModel:
     "The encoder as a vision tower: transformers' own where one gives the same, else ours"
     check(abs(layer) <= e.depth, f'layer={layer} is not there: {e.name} has layers 1 to {e.depth}, or -{e.depth} to -1 from the end')
     e = e.cpu()
-    makers = {HFEncoder: [lambda: e.model, lambda: own_tower(e, layer)], OpenClipEncoder: [lambda: as_clip(e)], TimmEncoder: [lambda: as_vit(e), lambda: own_tower(e, layer)]}
+    makers = {HFEncoder: [lambda: e.model, lambda: own_tower(e, layer)], OpenClipEncoder: [lambda: as_clip(e)],
+              TimmEncoder: [lambda: as_vit(e), lambda: own_tower(e, layer)]}
     for make in next(m for kind, m in makers.items() if isinstance(e, kind)):
         why = 'other tokens'
         try:
             if agrees(tower := make(), e, layer): return tower.requires_grad_(False).eval()
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as fault: why = f'{type(fault).__name__}: {fault}'.splitlines()[0]  # it has other parts
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as fault:
+            why = f'{type(fault).__name__}: {fault}'.splitlines()[0]  # it has other parts
     check(False, f'{e.name} has no form among vision towers that gives its patch tokens at layer {layer} from pictures of {e.size} px ({why})' + ('' if layer == -2 else '; with layer=-2 most have'))
 
 # %% ../nbs/05_vlm.ipynb #b2e7eea1
@@ -303,7 +328,9 @@ def picture_tokens(run:VLMRun, e:Encoder)->int:
     "How many tokens stand for a picture"
     n, fewer = math.prod(e.grid), run.connector in ('pool', 'resampler')
     k = (run.image_tokens or max(e.grid[0]//2, 1)**2) if fewer else n
-    check(k <= n and (e.size//(e.size//math.isqrt(k)))**2 == k, f'image_tokens={k} must be at most the {n} patches of {e.name}, with a root that divides its {e.size} px about evenly' if fewer else
+    check(k <= n and (e.size//(e.size//math.isqrt(k)))**2 == k,
+          f'image_tokens={k} must be at most the {n} patches of {e.name}, with a root that divides its {e.size} px about evenly'
+          if fewer else
           f'{e.name} makes {n} tokens of a picture of {e.size} px, which LlavaProcessor can not count; the connectors pool and resampler make another number')
     return k
 
@@ -318,8 +345,10 @@ def make_vlm(run:VLMRun, e:Encoder, llm:nn.Module, tokenizer)->LlavaForCondition
     "LLaVA of these parts, with a new connector"
     tower, k = tower_of(e, run.layer), picture_tokens(run, e)
     n, dim = tower_tokens(tower, torch.zeros(1, 3, e.size, e.size), run.layer).shape[1:]
-    check((n, dim) == (math.prod(e.grid), e.dim), f'{e.name} makes {n} tokens of width {dim} at layer {run.layer}, and {math.prod(e.grid)} of width {e.dim} at its end, which a VLM reads with layer=-1')
-    same = dict(vision_config=tower.config, text_config=llm.config, image_token_index=tokenizer.convert_tokens_to_ids(MARK), image_seq_length=k, vision_feature_layer=run.layer, vision_feature_select_strategy='default')
+    check((n, dim) == (math.prod(e.grid), e.dim),
+          f'{e.name} makes {n} tokens of width {dim} at layer {run.layer}, and {math.prod(e.grid)} of width {e.dim} at its end, which a VLM reads with layer=-1')
+    same = dict(vision_config=tower.config, text_config=llm.config, image_token_index=tokenizer.convert_tokens_to_ids(MARK),
+                image_seq_length=k, vision_feature_layer=run.layer, vision_feature_select_strategy='default')
     config = LlavaConfig(**same) if run.connector == 'mlp' else ConnectorConfig(**same, connector=run.connector, connector_tokens=k)
     kind = LlavaForConditionalGeneration if run.connector == 'mlp' else ConnectorLlava
     odd = f'{type(llm).__name__} keeps its decoder or embeddings where LLaVA does not look for them; a decoder-only causal LM is needed, such as Llama, Qwen2 or SmolLM'
@@ -328,11 +357,14 @@ def make_vlm(run:VLMRun, e:Encoder, llm:nn.Module, tokenizer)->LlavaForCondition
     check(type(vlm.model.language_model) is type(llm.base_model), odd)
     needs, before = lm_keys(vlm), text_logits(llm)
     vlm.model.vision_tower, vlm.model.language_model, vlm.lm_head = tower, llm.base_model, llm.get_output_embeddings()
-    with seeded(run.seed, _STREAM, 1): vlm.model.multi_modal_projector = LlavaMultiModalProjector(config) if run.connector == 'mlp' else make_connector(config)
+    with seeded(run.seed, _STREAM, 1):
+        vlm.model.multi_modal_projector = LlavaMultiModalProjector(config) if run.connector == 'mlp' else make_connector(config)
     vlm.tie_weights()
-    check(lm_keys(vlm) == needs and torch.equal(text_logits(vlm), before), f'{type(llm).__name__} does more between its decoder and its logits than LLaVA, which has a linear head without a bias; Llama, Qwen2 or SmolLM fit')
+    check(lm_keys(vlm) == needs and torch.equal(text_logits(vlm), before),
+          f'{type(llm).__name__} does more between its decoder and its logits than LLaVA, which has a linear head without a bias; Llama, Qwen2 or SmolLM fit')
     ids = {k: getattr(llm.generation_config, k) for k in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
-    vlm.generation_config = GenerationConfig(**dict(ids, pad_token_id=tokenizer.pad_token_id))  # without the language model's own ways of sampling
+    # without the language model's own ways of sampling
+    vlm.generation_config = GenerationConfig(**dict(ids, pad_token_id=tokenizer.pad_token_id))
     return vlm.float().requires_grad_(False)
 
 # %% ../nbs/05_vlm.ipynb #dc0fe1b5
@@ -343,8 +375,10 @@ _AS_TEXT = ("{%- set ns = namespace(all=[]) -%}{%- for m in messages -%}{%- set 
 def make_processor(run:VLMRun, e:Encoder, tokenizer)->LlavaProcessor:
     "Pictures and conversations as the VLM was trained on them"
     side, square = math.isqrt(picture_tokens(run, e)), dict(height=e.size, width=e.size)
-    pictures = LlavaImageProcessor(do_pad=True, size=dict(shortest_edge=e.size), crop_size=square, image_mean=list(e.mean), image_std=list(e.std))
-    return LlavaProcessor(pictures, tokenizer, patch_size=e.size//side, vision_feature_select_strategy='default', num_additional_image_tokens=1, chat_template=_AS_TEXT + template_of(tokenizer, run.template))
+    pictures = LlavaImageProcessor(do_pad=True, size=dict(shortest_edge=e.size), crop_size=square, image_mean=list(e.mean),
+                                   image_std=list(e.std))
+    return LlavaProcessor(pictures, tokenizer, patch_size=e.size//side, vision_feature_select_strategy='default',
+                          num_additional_image_tokens=1, chat_template=_AS_TEXT + template_of(tokenizer, run.template))
 
 def save_vlm(vlm:nn.Module, processor:LlavaProcessor, folder:Path):
     "Write model and processor, each file whole, and last the one without which nobody opens a model"
@@ -359,12 +393,14 @@ def save_vlm(vlm:nn.Module, processor:LlavaProcessor, folder:Path):
         tmp.rmdir()
 
 # %% ../nbs/05_vlm.ipynb #faffcbd2
-WORLD_ROWS = dict(smoke=(64, 80), mini=(16384, 65536), small=(131_072, 163_840), paper=(131_072, 163_840))  # captions and questions of the world
+# captions and questions of the world
+WORLD_ROWS = dict(smoke=(64, 80), mini=(16384, 65536), small=(131_072, 163_840), paper=(131_072, 163_840))
 
 def make_chats(run:VLMRun, stage:int, mean, folder:Path|None=None): # colour of the padding that makes pictures square; where rows that can't be used are listed
     "The conversations of a stage"
     spec, n = run.of(stage, 'data'), WORLD_ROWS[run.preset][stage - 1]
-    if spec == 'world': return WorldCaptions(n, run.canvas, 0, run.captions) if stage == 1 else AnyQuestions(WorldVQA('train', n, run.canvas), run.answers)
+    if spec == 'world':
+        return WorldCaptions(n, run.canvas, 0, run.captions) if stage == 1 else AnyQuestions(WorldVQA('train', n, run.canvas), run.answers)
     path, _, pictures = spec.rpartition(':')
     return LlavaJson(path, pictures, ('crop', 'pad')[stage - 1], mean, run.max_bad, folder and Path(folder)/f'bad-stage{stage}.jsonl')
 
@@ -376,7 +412,8 @@ class Seen:
     def __call__(self, ids:np.ndarray)->torch.Tensor: # -> (K, N, D)
         if self.rows is not None: return torch.from_numpy(self.rows[ids].astype(np.float32))
         if not len(ids): return torch.empty(0, math.prod(self.e.grid), self.e.dim)
-        return patch_tokens(self.e, self.e.prepare(self.pictures.batch(ids, self.e.size)), self.layer).clone()  # what inference mode made can't be trained on
+        # what inference mode made can't be trained on
+        return patch_tokens(self.e, self.e.prepare(self.pictures.batch(ids, self.e.size)), self.layer).clone()
 
 # %% ../nbs/05_vlm.ipynb #2c610471
 class Reader(nn.Module):
@@ -423,7 +460,8 @@ class Trained:
     def __init__(self, module:nn.Module): self.module, self.names = module, {n for n, v in module.named_parameters() if v.requires_grad}
     def state_dict(self)->dict: return {k: v for k, v in self.module.state_dict().items() if k in self.names}
     def load_state_dict(self, state:dict):
-        check(set(state) == self.names, f'a saved state has other weights than those trained here, as {sorted(set(state) ^ self.names)[:1]}')
+        check(set(state) == self.names,
+              f'a saved state has other weights than those trained here, as {sorted(set(state) ^ self.names)[:1]}')
         self.module.load_state_dict(state, strict=False)
 
 class Stage:
@@ -448,8 +486,10 @@ class Stage:
     def _optimiser(self):
         "Of what is trained as it is now: connector, and language model at its own rate"
         run, trained = self.p.run, [(n, v) for n, v in self.p.reader.named_parameters() if v.requires_grad]
-        groups = [dict(params=[v for n, v in trained if n.startswith('connector.') == own], scale=scale) for own, scale in ((True, 1.), (False, run.lm_lr))]
-        return torch.optim.AdamW([g for g in groups if g['params']], lr=run.of(self.k, 'lr'), betas=(.9, run.beta2), weight_decay=run.weight_decay, fused=True)
+        groups = [dict(params=[v for n, v in trained if n.startswith('connector.') == own], scale=scale)
+                  for own, scale in ((True, 1.), (False, run.lm_lr))]
+        return torch.optim.AdamW([g for g in groups if g['params']], lr=run.of(self.k, 'lr'), betas=(.9, run.beta2),
+                                 weight_decay=run.weight_decay, fused=True)
 
     @cached_property
     def model(self)->nn.Module:
@@ -460,7 +500,9 @@ class Stage:
         shard_reader(p.reader, p.acc)
         self.opt = self._optimiser()
         params = [v for g in self.opt.param_groups for v in g['params']]
-        for i, slots in before['state'].items(): slots.update({k: distribute_tensor(t.to(params[i].device), params[i].device_mesh, params[i].placements, src_data_rank=None) for k, t in slots.items() if t.ndim})
+        for i, slots in before['state'].items():
+            slots.update({k: distribute_tensor(t.to(params[i].device), params[i].device_mesh, params[i].placements, src_data_rank=None)
+                          for k, t in slots.items() if t.ndim})
         self.opt.load_state_dict(before)
         return p.reader
 
@@ -474,9 +516,11 @@ class Stage:
         for b in self.batches.micro(step, p.run.micro or p.run.of(self.k, 'batch'), p.acc.process_index, p.acc.num_processes):
             b['targets'][:, 0] = -100  # nothing comes before it
             at = (b['targets'].flatten()[1:] >= 0).nonzero()[:, 0]
-            t = dict(ids=b['ids'], image=b['image'], tokens=self.seen(b['pictures'].numpy()[b['image'].any(1).numpy()]), at=at, targets=b['targets'].flatten()[at + 1])
+            t = dict(ids=b['ids'], image=b['image'], tokens=self.seen(b['pictures'].numpy()[b['image'].any(1).numpy()]), at=at,
+                     targets=b['targets'].flatten()[at + 1])
             pinned = p.acc.device.type == 'cuda'
-            made.append(({k: v.pin_memory() if pinned and v.device.type == 'cpu' else v for k, v in t.items()}, b['n_targets']))  # tokens that were just made are on the GPU
+            # tokens that were just made are on the GPU
+            made.append(({k: v.pin_memory() if pinned and v.device.type == 'cpu' else v for k, v in t.items()}, b['n_targets']))
         return made
 
     def gradients(self, parts:list):
@@ -484,8 +528,10 @@ class Stage:
         acc, model, total = self.p.acc, self.model, 0.
         for j, (b, n) in enumerate(parts):
             b = {k: v.to(acc.device, non_blocking=True) for k, v in b.items()}
-            with nullcontext() if j == len(parts) - 1 or self.sharded else acc.no_sync(model):  # split gradients are summed after each part, or each process would hold all of them
-                with acc.autocast(AutocastKwargs(cache_enabled=not self.sharded)): loss = model(**b)/n  # what it kept of split weights would be the whole model
+            # split gradients are summed after each part, or each process would hold all of them
+            with nullcontext() if j == len(parts) - 1 or self.sharded else acc.no_sync(model):
+                with acc.autocast(AutocastKwargs(cache_enabled=not self.sharded)):
+                    loss = model(**b)/n  # what it kept of split weights would be the whole model
                 acc.backward(loss*acc.num_processes)  # whose gradients are averaged
             total = total + loss.detach()
         return total
@@ -529,7 +575,8 @@ class Stage:
                 out = self.update(parts)
                 if self.step % every == 0 or self.step == self.steps:
                     seconds = time.time() - clock
-                    p.log(stage=self.k, stage_step=self.step, **out, per_s=(self.step - since)*run.of(self.k, 'batch')/seconds, waited=waited/seconds)
+                    p.log(stage=self.k, stage_step=self.step, **out, per_s=(self.step - since)*run.of(self.k, 'batch')/seconds,
+                          waited=waited/seconds)
                     if p.acc.is_main_process: shown(self.step, stage=self.k, **out)
                     clock, since, waited = time.time(), self.step, 0.
                 if self.step % save_every == 0 or self.step == self.steps: self.save()
@@ -543,12 +590,16 @@ class Parts:
         self.fingerprint = self.encoder.fingerprint  # before it becomes part of the VLM
         self.build()
         self.processor = make_processor(run, self.encoder, self.tokenizer)
-        self.chats = [make_chats(run, k, self.encoder.mean, folder) for k in (1, 2)]  # after all that may be refused: every picture is looked at
+        # after all that may be refused: every picture is looked at
+        self.chats = [make_chats(run, k, self.encoder.mean, folder) for k in (1, 2)]
         self.batches = [Batches(c, self.tokenizer, picture_tokens(run, self.encoder), run.of(k, 'batch'), run.seed, run.context, plain=k == 1, template=run.template) for k, c in enumerate(self.chats, 1)]
-        data = digest(self.fingerprint, tensors_digest({k: v.cpu() for k, v in self.reader.state_dict().items() if not k.startswith('connector.')}), *(b.fingerprint for b in self.batches))
+        data = digest(self.fingerprint,
+                      tensors_digest({k: v.cpu() for k, v in self.reader.state_dict().items() if not k.startswith('connector.')}),
+                      *(b.fingerprint for b in self.batches))
         agree(acc, data=data)
         on_main(acc, lambda: check_settings(folder, run, data, precision_of(run), anew=not any(folder.glob('stage*/state-*'))))
-        self.seen = [Seen(self.encoder, c.pictures, run) for c in self.chats]  # of several processes one makes the features, and the others wait for it at their lock
+        # of several processes one makes the features, and the others wait for it at their lock
+        self.seen = [Seen(self.encoder, c.pictures, run) for c in self.chats]
 
     def build(self):
         "Make the VLM, as it is before training"
@@ -573,9 +624,14 @@ class Parts:
         "Have the language model trained, or adapters in it"
         if self.run.lora and self.adapted is None:
             from peft import LoraConfig, get_peft_model  # takes a second
-            with seeded(self.run.seed, _STREAM, 3): self.adapted = get_peft_model(self.reader.lm, LoraConfig(r=self.run.lora, lora_alpha=2*self.run.lora, lora_dropout=0., target_modules='all-linear'))  # LLaVA-1.5: alpha is twice the rank; dropout would need a stream
+            with seeded(self.run.seed, _STREAM, 3):
+                self.adapted = get_peft_model(self.reader.lm,
+                                              LoraConfig(r=self.run.lora, lora_alpha=2*self.run.lora, lora_dropout=0.,
+                                                         # LLaVA-1.5: alpha is twice the rank; dropout would need a stream
+                                                         target_modules='all-linear'))
             self.reader.lm = self.adapted.base_model.model
-        for name, v in self.reader.named_parameters(): v.requires_grad_(name.startswith('connector.') or not self.run.lora or '.lora_' in name)
+        for name, v in self.reader.named_parameters():
+            v.requires_grad_(name.startswith('connector.') or not self.run.lora or '.lora_' in name)
 
     def merge(self):
         "The adapters become part of the language model"
@@ -619,13 +675,15 @@ def check_inputs(run:VLMRun):
     n = world_size(run)
     check(run.llm != '', 'llm is empty: give world, or a causal language model of transformers by folder or hub name')
     if run.llm.startswith('world:'): lm_settings(run.preset, run.llm.removeprefix('world:'))
-    check(os.environ.get('ACCELERATE_USE_FSDP', 'false') != 'true', 'accelerate launch --use_fsdp would split stage 1 too: launch without it, and give shard=True')
+    check(os.environ.get('ACCELERATE_USE_FSDP', 'false') != 'true',
+          'accelerate launch --use_fsdp would split stage 1 too: launch without it, and give shard=True')
     for k in (1, 2):
         spec, samples, batch = (run.of(k, v) for v in ('data', 'samples', 'batch'))
         check(batch % n == 0, f'stage{k}_batch={batch} must be a multiple of the {n} processes')
         check(samples == 0 or samples >= batch, f'stage{k}_samples={samples} must be at least one batch, {batch}, or 0 for every row once')
         check(spec != '', f'stage{k}_data is empty: give data in LLaVA\'s format as JSON:FOLDER, or world')
-        check(spec == 'world' or spec.rpartition(':')[0] != '', f'stage{k}_data={spec!r} is neither world nor JSON:FOLDER, a list of conversations and the folder of its pictures')
+        check(spec == 'world' or spec.rpartition(':')[0] != '',
+              f'stage{k}_data={spec!r} is neither world nor JSON:FOLDER, a list of conversations and the folder of its pictures')
         if spec != 'world': LlavaJson.places(*spec.rpartition(':')[::2])
 
 def finish(p:Parts, stages:list, begun:float)->dict:
@@ -634,10 +692,15 @@ def finish(p:Parts, stages:list, begun:float)->dict:
     p.merge()
     save_vlm(p.vlm, p.processor, p.folder)
     rows = p.metrics.rows()
-    result = dict(name=run.folder_name, preset=run.preset, seed=run.seed, llm=run.llm, connector=run.connector, encoder=dict(name=e.name, fingerprint=p.fingerprint, size=e.size, dim=e.dim, patches=math.prod(e.grid)),
-                  tower=type(p.vlm.model.vision_tower).__name__, image_tokens=picture_tokens(run, e), parameters={k: sum(v.numel() for v in m.parameters()) for k, m in (('tower', p.vlm.model.vision_tower), ('connector', p.reader.connector), ('lm', p.reader.lm))},
-                  stages=[dict(seen=s.steps*run.of(s.k, 'batch'), loss=[r['loss'] for r in rows if r['stage'] == s.k][-1], **s.batches.counts(), unusable=dict(p.chats[s.k - 1].missing)) for s in stages],
-                  seconds_of_last_start=time.time() - begun, environment=dict(p.environment, processes=p.acc.num_processes, precision=precision_of(run)))
+    result = dict(name=run.folder_name, preset=run.preset, seed=run.seed, llm=run.llm, connector=run.connector,
+                  encoder=dict(name=e.name, fingerprint=p.fingerprint, size=e.size, dim=e.dim, patches=math.prod(e.grid)),
+                  tower=type(p.vlm.model.vision_tower).__name__, image_tokens=picture_tokens(run, e),
+                  parameters={k: sum(v.numel() for v in m.parameters())
+                              for k, m in (('tower', p.vlm.model.vision_tower), ('connector', p.reader.connector), ('lm', p.reader.lm))},
+                  stages=[dict(seen=s.steps*run.of(s.k, 'batch'), loss=[r['loss'] for r in rows if r['stage'] == s.k][-1],
+                               **s.batches.counts(), unusable=dict(p.chats[s.k - 1].missing)) for s in stages],
+                  seconds_of_last_start=time.time() - begun,
+                  environment=dict(p.environment, processes=p.acc.num_processes, precision=precision_of(run)))
     if held:
         right = held()
         by = pd.Series(right).groupby([r['category'] for r in held.questions.rows]).mean()
@@ -662,7 +725,8 @@ def train(run:VLMRun, folder:Path)->dict:
         first, second = stages_of(p)
         p.first_steps, at = first.steps, first.steps + second.step if second else first.step
         p.metrics = on_main(acc, lambda: Metrics(folder/'metrics.jsonl', upto=at or -1))
-        if at and acc.is_main_process: say(f'continuing {folder.name} from step {at - first.steps*bool(second)} of stage {1 + bool(second)}')
+        if at and acc.is_main_process:
+            say(f'continuing {folder.name} from step {at - first.steps*bool(second)} of stage {1 + bool(second)}')
         if not second:
             first.fit()
             second = Stage(p, 2)
@@ -676,7 +740,8 @@ def train_vlm(run:VLMRun)->dict:
     folder = run_dir(run.folder_name)
     if not launched() and (result := complete(folder, run)) is not None:  # of several processes, all or none must look
         if (own := folder_of(run.encoder)) and (own/'result.json').exists():
-            check(load_encoder(run.encoder).fingerprint == result['encoder']['fingerprint'], f'{run.encoder} was trained again since {folder.name} was: delete the folder of the VLM to make it again')
+            check(load_encoder(run.encoder).fingerprint == result['encoder']['fingerprint'],
+                  f'{run.encoder} was trained again since {folder.name} was: delete the folder of the VLM to make it again')
         return result
     if launched() or world_size(run) == 1: return train(run, folder)
     return spawn(run, folder, 'clipdino.vlm', arguments(run, settings(run.preset)))
@@ -695,7 +760,8 @@ def show_training(folder:Path):
     "Loss of both stages"
     rows = pd.DataFrame(Metrics.read(Path(folder)/'metrics.jsonl'))
     fig, axes = plt.subplots(1, 2, figsize=(7.5, 2.4), sharey=True)
-    for ax, (stage, r), title in zip(axes, rows.groupby('stage'), ('stage 1: connector, captions', 'stage 2: connector and language model, questions')):
+    for ax, (stage, r), title in zip(axes, rows.groupby('stage'),
+                                     ('stage 1: connector, captions', 'stage 2: connector and language model, questions')):
         ax.plot(r.stage_step, r.loss, color='C0', lw=.6, alpha=.35)  # goes up and down with the length of the answers
         ax.plot(r.stage_step, r.loss.rolling(12, min_periods=1).mean(), color='C0')
         ax.set(xlabel='step', title=title)
@@ -707,4 +773,5 @@ def show_val(result:dict):
     fig, ax = plt.subplots(figsize=(5.5, 4.4))
     ax.barh(v.index, 100*v, color=['C0' if c in VISION else '.7' for c in v.index], height=.7)
     ax.axvline(25, color='k', ls=':', lw=1)
-    ax.set(xlim=(0, 100), xlabel=f'right answers, % of {result["val"]["questions"]//len(v)} held-out questions each; dotted: chance', title=f'{result["name"]}: {result["val"]["accuracy"]:.1%}')
+    ax.set(xlim=(0, 100), xlabel=f'right answers, % of {result["val"]["questions"]//len(v)} held-out questions each; dotted: chance',
+           title=f'{result["name"]}: {result["val"]["accuracy"]:.1%}')

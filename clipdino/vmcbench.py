@@ -66,7 +66,8 @@ class Score(Settings):
         one_of('how', self.how, HOW)
         check('/' not in self.against, f'against={self.against!r} must be the name of a run under runs/')
         one_of('precision', self.precision, ('auto', 'fp32', 'bf16'))
-        for f, low in dict(n=1, canvas=16, limit=0, batch=1, max_new_tokens=1).items(): check(getattr(self, f) >= low, f'{f}={getattr(self, f)} must be at least {low}')
+        for f, low in dict(n=1, canvas=16, limit=0, batch=1, max_new_tokens=1).items():
+            check(getattr(self, f) >= low, f'{f}={getattr(self, f)} must be at least {low}')
 
     @property
     def folder_name(self)->str: return self.name or f'score-{slug(self.vlm)}'
@@ -99,15 +100,18 @@ def load_vlm(name:str|Path, device='cpu', precision:str='auto')->VLM: # a run, o
     check(folder or name.count('/') == 1, f'vlm={name!r} is no folder, no run under runs/, and no hub name (ORG/NAME)')
     if folder is not None:
         check((folder/'config.json').exists(), f'{folder} holds no finished vision-language model: it has no config.json')
-        check((folder/'result.json').exists() or not (folder/'settings.json').exists(), f'the run {folder.name} is not finished: it has no result.json')
+        check((folder/'result.json').exists() or not (folder/'settings.json').exists(),
+              f'the run {folder.name} is not finished: it has no result.json')
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(folder or name, dtype='auto', use_safetensors=True, output_loading_info=True)
+        model, info = AutoModelForImageTextToText.from_pretrained(folder or name, dtype='auto', use_safetensors=True,
+                                                                  output_loading_info=True)
         processor = AutoProcessor.from_pretrained(folder or name)
     except (OSError, ValueError, SafetensorError) as e:
         raise SettingsError(f'vlm={name!r} is no run, folder or hub name of an image-text-to-text model that can be opened here ({str(e).strip().splitlines()[0][:200]})') from None
     lacks = sorted(info['missing_keys'])  # transformers would make them up
     check(not lacks, f'{name} lacks {len(lacks)} of its weights, {lacks[:1]} among them')
-    half = precision == 'bf16' or precision == 'auto' and torch.device(device).type == 'cuda' and model.num_parameters() >= 1e9  # in which letters of a small model would often be level
+    # in which letters of a small model would often be level
+    half = precision == 'bf16' or precision == 'auto' and torch.device(device).type == 'cuda' and model.num_parameters() >= 1e9
     model = model.to(torch.bfloat16 if half else torch.float32)
     processor.chat_template = own_template(processor)
     check(processor.chat_template, f'the processor of {name} has no chat template, so nobody can know how it wants to be asked')
@@ -115,14 +119,17 @@ def load_vlm(name:str|Path, device='cpu', precision:str='auto')->VLM: # a run, o
     eos = own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id
     if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
     model.generation_config = GenerationConfig(do_sample=False, num_beams=1, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
-    mark = digest(tensors_digest({k: v.cpu() for k, v in model.state_dict().items()}), processor.chat_template, processor.image_processor.to_json_string(), tokenizer.get_vocab())
-    return VLM(folder.name if folder else name, model.to(device).eval(), processor, mark, dict(origin(folder), parameters=model.num_parameters()))
+    mark = digest(tensors_digest({k: v.cpu() for k, v in model.state_dict().items()}), processor.chat_template,
+                  processor.image_processor.to_json_string(), tokenizer.get_vocab())
+    return VLM(folder.name if folder else name, model.to(device).eval(), processor, mark,
+               dict(origin(folder), parameters=model.num_parameters()))
 
 def origin(folder:Path|None)->dict:
     "What a run of ours put together; nothing of others' models"
     if folder is None or not (folder/'settings.json').exists(): return {}
     s, r = read_json(folder/'settings.json'), read_json(folder/'result.json')
-    return dict({k: s[k] for k in ('llm', 'seed', 'preset')}, encoder=r['encoder']['name'], encoder_weights=r['encoder']['fingerprint'], saved=saved(folder))
+    return dict({k: s[k] for k in ('llm', 'seed', 'preset')}, encoder=r['encoder']['name'], encoder_weights=r['encoder']['fingerprint'],
+                saved=saved(folder))
 
 def saved(folder:Path)->str:
     "A digest of the weights that a run saved, whatever precision they are used in"
@@ -135,7 +142,8 @@ def untrained_vlm(folder:Path, questions:Questions, encoder:str='random:clipdino
     "Write a model with random weights into `folder`"
     logging.disable_progress_bar()
     run, e, tokenizer = vlm_settings('smoke', encoder=encoder, seed=seed), load_encoder(encoder), make_tokenizer(map(prompt, questions.rows))
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4*width, num_hidden_layers=layers, num_attention_heads=width//32, max_position_embeddings=4096, initializer_range=.1,  # so that answers differ
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4*width, num_hidden_layers=layers,
+                         num_attention_heads=width//32, max_position_embeddings=4096, initializer_range=.1,  # so that answers differ
                          pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     with seeded(seed, 41, 0): llm = LlamaForCausalLM(config)
     save_vlm(make_vlm(run, e, llm, tokenizer), make_processor(run, e, tokenizer), Path(folder))
@@ -143,12 +151,14 @@ def untrained_vlm(folder:Path, questions:Questions, encoder:str='random:clipdino
 
 class Squares(Questions):
     "Questions about the colour of a square, to show things with"
-    COLOURS = dict(red=(200, 30, 30), green=(30, 160, 60), blue=(40, 60, 200), yellow=(240, 220, 40), black=(0, 0, 0), white=(255, 255, 255))
+    COLOURS = dict(red=(200, 30, 30), green=(30, 160, 60), blue=(40, 60, 200), yellow=(240, 220, 40), black=(0, 0, 0),
+                   white=(255, 255, 255))
     def __init__(self, n:int=40, seed:int=0):
         rows = []
         for i in range(n):
             options = np_rng(seed, 31, i).permutation(list(self.COLOURS))[:4].tolist()
-            rows.append(dict(index=i, question=f'What colour is picture {i}{", the one with a single colour" if i % 3 else ""}?', **dict(zip(LETTERS, options)), answer=LETTERS[i % 4], category=CATEGORIES[i % 20]))
+            rows.append(dict(index=i, question=f'What colour is picture {i}{", the one with a single colour" if i % 3 else ""}?',
+                             **dict(zip(LETTERS, options)), answer=LETTERS[i % 4], category=CATEGORIES[i % 20]))
         super().__init__('squares', digest('squares', n, seed), rows)
     def picture(self, i): return Image.new('RGB', (40, 30), self.COLOURS[self.rows[i][self.rows[i]['answer']]])
 
@@ -180,9 +190,11 @@ def order_of(vlm:VLM, rows:list)->list:
 def inputs(vlm:VLM, questions:Questions, ids:list, blind:bool=False, room:int=0): # room: tokens to be written
     "What the model takes for some questions, padded on the left"
     texts, bos = [chat(vlm, questions.rows[i], blind) for i in ids], vlm.processor.tokenizer.bos_token
-    x = vlm.processor(text=texts, images=None if blind else [[p] for p in questions.pictures(ids)], padding=True, padding_side='left', return_tensors='pt', add_special_tokens=not (bos and texts[0].startswith(bos)))
+    x = vlm.processor(text=texts, images=None if blind else [[p] for p in questions.pictures(ids)], padding=True, padding_side='left',
+                      return_tensors='pt', add_special_tokens=not (bos and texts[0].startswith(bos)))
     longest, most = x['input_ids'].shape[1] + room, getattr(vlm.model.config.get_text_config(), 'max_position_embeddings', None)
-    check(not most or longest <= most, f'a question among {[questions.rows[i]["index"] for i in ids[:3]]}... needs {longest} tokens with its answer, and {vlm.name} takes {most}')
+    check(not most or longest <= most,
+          f'a question among {[questions.rows[i]["index"] for i in ids[:3]]}... needs {longest} tokens with its answer, and {vlm.name} takes {most}')
     return x
 
 @torch.inference_mode()
@@ -208,7 +220,8 @@ def answers(vlm:VLM, questions:Questions, batches:list, how:str='both', blind:bo
     letters = None if how == 'generate' else letter_ids(vlm, questions.rows[0], blind)
     for ids, x in zip(batches, prefetch(inputs(vlm, questions, ids, blind, max_new_tokens) for ids in batches)):
         try: got = ask(vlm, x, letters, how, max_new_tokens)
-        except torch.OutOfMemoryError: raise SettingsError(f'batch={len(ids)} does not fit into the memory of {vlm.model.device}; give a smaller one') from None
+        except torch.OutOfMemoryError:
+            raise SettingsError(f'batch={len(ids)} does not fit into the memory of {vlm.model.device}; give a smaller one') from None
         yield [dict(row=i, index=r['index'], category=r['category'], question=r['question'], options=[r[l] for l in LETTERS], answer=r['answer'], **a) for i, a in zip(ids, got) for r in [questions.rows[i]]]
 
 def batched(order:list, size:int)->list: return [order[a:a + size] for a in range(0, len(order), size)]
@@ -250,7 +263,8 @@ def judge(rows:list, seed:int=0)->list: # of `answers`, all of a set
     return rows
 
 # %% ../nbs/06_vmcbench.ipynb #f87ad229
-AGGREGATIONS = dict(questions=('questions', 'questions'), sets=('sets', 'questions'), twenty=('sets', 'sets'))  # over what a group is averaged, and over what the whole
+# over what a group is averaged, and over what the whole
+AGGREGATIONS = dict(questions=('questions', 'questions'), sets=('sets', 'questions'), twenty=('sets', 'sets'))
 PROTOCOLS = dict(generate='letter', strict='letter', likelihood='likely', calibrated='calibrated')  # and where a row has its letter
 SUBSETS = dict(GROUPS, Vision=VISION)
 DRAWS = 4000
@@ -297,7 +311,8 @@ def letters_of(rows:list)->dict:
 def score(rows:list)->dict: # of a finished run's predictions.jsonl
     "Every number of a run, from its predictions alone"
     categories = [r['category'] for r in rows]
-    out = dict(n=len(rows), chance=.25, missing=[c for c in CATEGORIES if c not in categories], letters=letters_of(rows), protocols={p: aggregate(successes(rows, p), categories) for p in protocols_of(rows)})
+    out = dict(n=len(rows), chance=.25, missing=[c for c in CATEGORIES if c not in categories], letters=letters_of(rows),
+               protocols={p: aggregate(successes(rows, p), categories) for p in protocols_of(rows)})
     if 'raw' in rows[0]: out |= dict(unparsed=sum(not r['parsed'] for r in rows), tokens=float(np.mean([r['tokens'] for r in rows])))
     return out
 
@@ -319,7 +334,8 @@ def predictions(folder:Path)->list: return Metrics.read(Path(folder)/'prediction
 def compare_runs(folder:Path, other:Path)->dict: # finished scoring runs
     "Differences of two runs; refused unless they had the same questions"
     a, b = (read_json(Path(f)/'result.json')['questions'] for f in (folder, other))
-    check(a['fingerprint'] == b['fingerprint'], f'{Path(other).name} answered other questions ({b["name"]}, {b["fingerprint"]}) than {Path(folder).name} ({a["name"]}, {a["fingerprint"]})')
+    check(a['fingerprint'] == b['fingerprint'],
+          f'{Path(other).name} answered other questions ({b["name"]}, {b["fingerprint"]}) than {Path(folder).name} ({a["name"]}, {a["fingerprint"]})')
     return compare(predictions(folder), predictions(other))
 
 # %% ../nbs/06_vmcbench.ipynb #8f409775
@@ -347,17 +363,25 @@ def evaluate(run:Score, questions:Questions=None)->dict: # None: those that the 
 def evaluate_in(folder:Path, run:Score, questions:Questions|None)->dict:
     other, path, done = folder.parent/run.against, folder/'predictions.jsonl', (folder/'result.json').exists()
     check_kind(folder, run)
-    check(done or not run.against or (other/path.name).exists() and (other/'result.json').exists(), f'{run.against} is no finished scoring run to compare with')
+    check(done or not run.against or (other/path.name).exists() and (other/'result.json').exists(),
+          f'{run.against} is no finished scoring run to compare with')
     questions = questions_of(run) if questions is None else questions
-    vlm = load_vlm(untrained_vlm(folder/'untrained', questions, seed=run.seed) if run.vlm == 'untrained' else run.vlm, device_of(run.device), run.precision)
-    if run.against and not done: check(read_json(other/'result.json')['questions']['fingerprint'] == questions.fingerprint, f'{run.against} answered other questions')
-    if run.against and not done: check([r.get('index') for r in predictions(other)] == [r['index'] for r in questions.rows], f'{run.against}/{path.name} is damaged: it does not have the answers to all questions, in their order')
+    vlm = load_vlm(untrained_vlm(folder/'untrained', questions, seed=run.seed) if run.vlm == 'untrained' else run.vlm,
+                   device_of(run.device), run.precision)
+    if run.against and not done:
+        check(read_json(other/'result.json')['questions']['fingerprint'] == questions.fingerprint,
+              f'{run.against} answered other questions')
+    if run.against and not done:
+        check([r.get('index') for r in predictions(other)] == [r['index'] for r in questions.rows],
+              f'{run.against}/{path.name} is damaged: it does not have the answers to all questions, in their order')
     check_settings(folder, run, digest(vlm.fingerprint, questions.fingerprint), anew=not done and not Metrics.read(path))
     if done: return looked_up(folder)
     rows = judge(answer_all(vlm, questions, run, path), run.seed)
     write_lines(path, rows)
-    asked = dict(name=questions.name, fingerprint=questions.fingerprint, n=len(questions), skipped=dict(questions.skipped), doubled=questions.doubled)
-    result = dict(name=run.folder_name, vlm=dict(name=vlm.name, fingerprint=vlm.fingerprint, **vlm.about), questions=asked, blind=run.blind, score=score(rows), environment=environment())
+    asked = dict(name=questions.name, fingerprint=questions.fingerprint, n=len(questions), skipped=dict(questions.skipped),
+                 doubled=questions.doubled)
+    result = dict(name=run.folder_name, vlm=dict(name=vlm.name, fingerprint=vlm.fingerprint, **vlm.about), questions=asked,
+                  blind=run.blind, score=score(rows), environment=environment())
     if run.against: result['against'] = dict(name=run.against, differences=compare(rows, predictions(other)))
     write_json(folder/'result.json', result)
     s = result['score']
@@ -374,7 +398,8 @@ def short(name:str, width:int=24)->str: return textwrap.shorten(NAMES.get(name, 
 def ordered(data_sets)->list: # names
     "Data sets by group, with the groups' names before the first of each"
     rest = [c for c in data_sets if c not in CATEGORIES]
-    return [(g, [c for c in members if c in data_sets]) for g, members in (*GROUPS.items(), *([('other', rest)] if rest else [])) if any(c in data_sets for c in members)]
+    return [(g, [c for c in members if c in data_sets]) for g, members in (*GROUPS.items(), *([('other', rest)] if rest else []))
+            if any(c in data_sets for c in members)]
 
 def dots(ax, cells:list, at:list, **kw):
     "Values with their intervals, in per cent"
@@ -399,7 +424,8 @@ def by_group(t:dict, ax, aggregation:str, questions:str=''): # of `aggregate`; n
 def show_sets(result:dict, protocols=('generate', 'calibrated'), aggregation:str='sets'):
     "Accuracy on every data set and group"
     have = [p for p in protocols if p in result['score']['protocols']] or list(result['score']['protocols'])[:1]
-    fig, axes = plt.subplots(1, len(have), figsize=(3.4*len(have) + 1.4, .2*len(result['score']['protocols'][have[0]]['data_sets']) + 2.6), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(have), figsize=(3.4*len(have) + 1.4, .2*len(result['score']['protocols'][have[0]]['data_sets']) + 2.6),
+                             sharey=True, squeeze=False)
     for ax, p in zip(axes[0], have):
         by_group(result['score']['protocols'][p], ax, aggregation, result['questions']['name'])
         ax.axvline(25, color='grey', lw=1, ls=':')
@@ -442,7 +468,8 @@ def gallery(folder:Path, other:Path, questions:Questions, protocol:str='likeliho
         ax.set_title('\n'.join(textwrap.wrap(short(a['question'], 100), 32)), fontsize=8, loc='left')
         for i, (l, o) in enumerate(zip(LETTERS, a['options'])):
             took = ''.join(f'  [{n}]' for n, r in zip('12', (a, b)) if r[key] == l)
-            below.text(0, 1 - .27*i, short(f'{l}. {o}', 28) + took, transform=below.transAxes, va='top', fontsize=8, weight='bold' if l == a['answer'] else 'normal')
+            below.text(0, 1 - .27*i, short(f'{l}. {o}', 28) + took, transform=below.transAxes, va='top', fontsize=8,
+                       weight='bold' if l == a['answer'] else 'normal')
     fig.suptitle(f'right answers in bold; [1] {names[0]}, [2] {names[1]}')
 
 # %% ../nbs/06_vmcbench.ipynb #9edc5b8b
@@ -452,8 +479,11 @@ def collect(folders)->pd.DataFrame: # finished scoring runs
     for d in sorted(map(Path, folders)):
         r, told = read_json(d/'result.json'), predictions(d)
         v, q, e = r['vlm'], r['questions'], r['environment']
-        letters = {k: ''.join(p[k] if k != 'letter' or p['parsed'] else p[k].lower() for p in told) for k in dict.fromkeys(PROTOCOLS.values()) if k in told[0]}
-        rows.append(dict(run=d.name, vlm=v['name'], **{k: v.get(k, '') for k in ('encoder', 'encoder_weights', 'saved', 'llm', 'preset', 'seed')}, blind=r['blind'], weights=v['fingerprint'], questions=q['name'], fingerprint=q['fingerprint'],
+        letters = {k: ''.join(p[k] if k != 'letter' or p['parsed'] else p[k].lower() for p in told)
+                   for k in dict.fromkeys(PROTOCOLS.values()) if k in told[0]}
+        rows.append(dict(run=d.name, vlm=v['name'],
+                         **{k: v.get(k, '') for k in ('encoder', 'encoder_weights', 'saved', 'llm', 'preset', 'seed')}, blind=r['blind'],
+                         weights=v['fingerprint'], questions=q['name'], fingerprint=q['fingerprint'],
                          commit=e['commit'], device=e['device'], **letters))
     return pd.DataFrame(rows)
 
@@ -480,7 +510,8 @@ def by_objective(runs:pd.DataFrame, questions:Questions, protocol:str='calibrate
 def gap(runs:pd.DataFrame, questions:Questions, a:str='clip', b:str='dino', protocol:str='calibrated')->dict: # -> as `aggregate`
     "Differences between two objectives, seed by seed and question by question"
     ours, theirs = of_objective(runs, a), of_objective(runs, b)
-    check(len(ours) and list(ours.seed) == list(theirs.seed), f'{a} has the seeds {list(ours.seed)} and {b} has {list(theirs.seed)}: they must be the same')
+    check(len(ours) and list(ours.seed) == list(theirs.seed),
+          f'{a} has the seeds {list(ours.seed)} and {b} has {list(theirs.seed)}: they must be the same')
     return aggregate(right(ours, questions, protocol) - right(theirs, questions, protocol), [r['category'] for r in questions.rows])
 
 def named(questions:str, c:str)->str: # name of a set of questions, data set
@@ -491,7 +522,8 @@ def show_table(found:dict, questions:str, aggregation:str='sets', data_sets:bool
     "Accuracy with its interval, in per cent, by objective on each data set and group, or on groups alone"
     def cell(c): return f'{100*c["value"]:.1f} [{100*c["interval"][0]:.0f},\xa0{100*c["interval"][1]:.0f}]'
     some = next(iter(found.values()))
-    rows = {named(questions, c): [cell(t['data_sets'][c]) for t in found.values()] for _, members in ordered(some['data_sets']) for c in members if data_sets}
+    rows = {named(questions, c): [cell(t['data_sets'][c]) for t in found.values()] for _, members in ordered(some['data_sets'])
+            for c in members if data_sets}
     groups = {short(g): [cell(t[aggregation][g]) for t in found.values()] for g in (*SUBSETS, 'overall') if g in some[aggregation]}
     return pd.DataFrame({**rows, **groups}, index=list(found)).T.style.set_uuid('o').map(lambda v: 'font-weight: bold'*data_sets, subset=(list(groups), slice(None)))
 
@@ -501,16 +533,20 @@ def show_objectives(found:dict, questions:str, aggregation:str='sets', protocol:
     rows = [(named(questions, c), 'data_sets', c) for _, members in ordered(some['data_sets']) for c in members] + [(short(g), aggregation, g) for g in (*SUBSETS, 'overall') if g in some[aggregation]]
     fig, ax = plt.subplots(figsize=(7, .36*len(rows) + .8))
     for k, (o, t) in enumerate(found.items()):
-        dots(ax, [t[way][level] for _, way, level in rows], np.arange(len(rows)) + .7*(k/max(len(found) - 1, 1) - .5), color=LOOKS.get(o, 'k' if o == 'blind' else '.5'), label=o)
+        dots(ax, [t[way][level] for _, way, level in rows], np.arange(len(rows)) + .7*(k/max(len(found) - 1, 1) - .5),
+             color=LOOKS.get(o, 'k' if o == 'blind' else '.5'), label=o)
     for i in range(len(rows)): ax.axhline(i + .5, color='.92', lw=.8, zorder=0)
     ax.axvline(25, color='k', lw=1, ls=':', label='chance')
-    ax.set(yticks=range(len(rows)), yticklabels=[r[0] for r in rows], xlim=(0, 100), ylim=(len(rows) - .5, -.5), xlabel=f'accuracy ({LABELS[protocol]}), %')
+    ax.set(yticks=range(len(rows)), yticklabels=[r[0] for r in rows], xlim=(0, 100), ylim=(len(rows) - .5, -.5),
+           xlabel=f'accuracy ({LABELS[protocol]}), %')
     for label, (_, way, _) in zip(ax.get_yticklabels(), rows): label.set_fontweight('normal' if way == 'data_sets' else 'bold')
     ax.legend(loc='center left', bbox_to_anchor=(1, .5))
 
 def show_gap(differences:dict, questions:str, label:str, aggregation:str='sets'): # title -> of `gap`
     "Differences on each data set and group, in a panel for each title"
-    fig, axes = plt.subplots(1, len(differences), figsize=(3.4 + 2.6*len(differences), .2*len(next(iter(differences.values()))['data_sets']) + 2.4), sharex=True, sharey=True, squeeze=False, layout='constrained')
+    fig, axes = plt.subplots(1, len(differences),
+                             figsize=(3.4 + 2.6*len(differences), .2*len(next(iter(differences.values()))['data_sets']) + 2.4),
+                             sharex=True, sharey=True, squeeze=False, layout='constrained')
     for ax, (title, d) in zip(axes[0], differences.items()):
         by_group(d, ax, aggregation, questions)
         ax.axvline(0, color='grey', lw=1)
@@ -520,7 +556,8 @@ def main(args=None):
     "`python -m clipdino.vmcbench --vlm ...`"
     def go(**given):
         result = evaluate(settings(**given))
-        def overall(by_protocol, *what): return {a: {p: {k: t[a]['overall'][k] for k in what} for p, t in by_protocol.items()} for a in ('questions', 'twenty')}
+        def overall(by_protocol, *what):
+            return {a: {p: {k: t[a]['overall'][k] for k in what} for p, t in by_protocol.items()} for a in ('questions', 'twenty')}
         against = dict(against=overall(result['against']['differences'], 'value', 'interval', 'p')) if 'against' in result else {}
         return dict(name=result['name'], **overall(result['score']['protocols'], 'value', 'interval'), **against)
     program('clipdino.vmcbench', Score, go, 'Score a VLM.', args)

@@ -29,18 +29,23 @@ from .core import cache_dir, check, cores, digest, locked, one_of, say, uniform,
 # %% ../nbs/00_world.ipynb #8a22b4b2
 VERSION = '2'  # of the pixels and captions; part of every cache key and result
 FAMILIES = dict(
-    chess={'chess king': 0x265A, 'chess queen': 0x265B, 'chess rook': 0x265C, 'chess bishop': 0x265D, 'chess knight': 0x265E, 'chess pawn': 0x265F},
+    chess={'chess king': 0x265A, 'chess queen': 0x265B, 'chess rook': 0x265C, 'chess bishop': 0x265D, 'chess knight': 0x265E,
+           'chess pawn': 0x265F},
     suits={'spade': 0x2660, 'club': 0x2663, 'heart': 0x2665, 'diamond': 0x2666},
     zodiac={'aries': 0x2648, 'taurus': 0x2649, 'gemini': 0x264A, 'leo': 0x264C, 'libra': 0x264E, 'pisces': 0x2653},
-    stars={'star': 0x2605, 'star of david': 0x2721, 'pinwheel': 0x272F, 'eight-pointed star': 0x2734, 'sparkle': 0x2726, 'twelve-pointed star': 0x2739},
+    stars={'star': 0x2605, 'star of david': 0x2721, 'pinwheel': 0x272F, 'eight-pointed star': 0x2734, 'sparkle': 0x2726,
+           'twelve-pointed star': 0x2739},
     arrows={'arrow': 0x27A1, 'arrowhead': 0x27A4, 'feathered arrow': 0x27B5, 'curved arrow': 0x27A5},
     music={'quarter note': 0x2669, 'eighth note': 0x266A, 'beamed notes': 0x266B, 'flat sign': 0x266D, 'sharp sign': 0x266F},
-    weather={'sun': 0x2600, 'cloud': 0x2601, 'umbrella': 0x2602, 'snowman': 0x2603, 'comet': 0x2604, 'lightning': 0x26A1, 'snowflake': 0x2744},
+    weather={'sun': 0x2600, 'cloud': 0x2601, 'umbrella': 0x2602, 'snowman': 0x2603, 'comet': 0x2604, 'lightning': 0x26A1,
+             'snowflake': 0x2744},
     faces={'smiley': 0x263B, 'cat': 0x1F431, 'mouse': 0x1F42D, 'cow': 0x1F42E, 'monkey': 0x1F435},
     plants={'flower': 0x273F, 'daisy': 0x2741, 'shamrock': 0x2618},
     crosses={'maltese cross': 0x2720, 'plus': 0x271A, 'latin cross': 0x271D, 'ankh': 0x2625},
-    signs={'radioactive sign': 0x2622, 'biohazard sign': 0x2623, 'skull': 0x2620, 'recycling sign': 0x267B, 'wheelchair': 0x267F, 'peace sign': 0x262E, 'yin yang': 0x262F, 'warning sign': 0x26A0},
-    things={'scissors': 0x2702, 'telephone': 0x260E, 'envelope': 0x2709, 'pencil': 0x270F, 'airplane': 0x2708, 'anchor': 0x2693, 'hammer and pick': 0x2692, 'crossed swords': 0x2694,
+    signs={'radioactive sign': 0x2622, 'biohazard sign': 0x2623, 'skull': 0x2620, 'recycling sign': 0x267B, 'wheelchair': 0x267F,
+           'peace sign': 0x262E, 'yin yang': 0x262F, 'warning sign': 0x26A0},
+    things={'scissors': 0x2702, 'telephone': 0x260E, 'envelope': 0x2709, 'pencil': 0x270F, 'airplane': 0x2708, 'anchor': 0x2693,
+            'hammer and pick': 0x2692, 'crossed swords': 0x2694,
             'scales': 0x2696, 'gear': 0x2699, 'flag': 0x2691, 'coffee cup': 0x2615, 'pointing hand': 0x261B, 'victory hand': 0x270C},
 )
 OBJECTS = {name: code for members in FAMILIES.values() for name, code in members.items()}
@@ -55,14 +60,17 @@ HUES = dict(red=0., orange=.07, yellow=.15, green=.33, cyan=.5, blue=.62, purple
 COLOURS = tuple(HUES)
 TEXTURES = 'plain', 'gradient', 'stripes', 'dots', 'checks', 'noise'
 STYLES = 'plain', 'blurred', 'pixelated', 'sketched', 'posterised', 'inverted'
-POSITIONS = tuple(f'{v} {h}'.strip().replace('middle centre', 'centre') for v in ('top', 'middle', 'bottom') for h in ('left', 'centre', 'right'))
+POSITIONS = tuple(f'{v} {h}'.strip().replace('middle centre', 'centre') for v in ('top', 'middle', 'bottom')
+                  for h in ('left', 'centre', 'right'))
 SCALES = 'small', 'medium', 'large'
 ROTATIONS = 'left', 'upright', 'right'
 KINDS = 'object', 'placed', 'word', 'sign', 'several', 'bars', 'line', 'table', 'diagram'
-MIX = dict(object=.62, placed=.06, word=.12, sign=.04, several=.06, bars=.025, line=.025, table=.025, diagram=.025)  # of the training distribution
+# of the training distribution
+MIX = dict(object=.62, placed=.06, word=.12, sign=.04, several=.06, bars=.025, line=.025, table=.025, diagram=.025)
 SPLITS = 'train', 'probe', 'val', 'test'
 POLICIES = 'web', 'no-text', 'colour', 'style', 'full'
-FACTORS = dict(object=NAMES, family=tuple(FAMILIES), word=WORDS, colour=COLOURS, background=COLOURS, texture=TEXTURES, style=STYLES, position=POSITIONS, scale=SCALES,
+FACTORS = dict(object=NAMES, family=tuple(FAMILIES), word=WORDS, colour=COLOURS, background=COLOURS, texture=TEXTURES, style=STYLES,
+               position=POSITIONS, scale=SCALES,
                rotation=ROTATIONS, count=tuple(map(str, range(1, 6))), kind=KINDS)
 
 def shade(hue:float, luma:float, saturation:float=.85)->tuple: # each 0 to 1
@@ -113,7 +121,8 @@ def from_draws(u:np.ndarray, kinds:str='mixed')->Scene: # (N,)
     has_object, single = kind in ('object', 'placed', 'sign', 'several', 'diagram'), kind in ('object', 'placed')
     has_word = kind in ('word', 'sign') or kind == 'object' and u[1] < .3
     colour = pick(u[4], len(COLOURS))
-    return Scene(kind=kind, object=pick(u[2], len(NAMES)) if has_object else -1, word=pick(u[3], len(WORDS)) if has_word else -1, colour=colour,
+    return Scene(kind=kind, object=pick(u[2], len(NAMES)) if has_object else -1, word=pick(u[3], len(WORDS)) if has_word else -1,
+                 colour=colour,
                  background=(colour + 1 + pick(u[5], len(COLOURS) - 1)) % len(COLOURS), texture=pick(u[6], len(TEXTURES)) if single else 0,
                  style=0 if u[7] < .7 else 1 + pick((u[7] - .7)/.3, len(STYLES) - 1), position=pick(u[8], 9) if kind == 'placed' else -1,
                  scale=pick(u[9], 3) if single else -1, rotation=pick(u[10], 3) if single else -1,
@@ -124,7 +133,8 @@ def scene(seed:int, split:str, index:int, kinds:str='mixed')->Scene:
     one_of('kinds', kinds, ('mixed', *KINDS))
     return from_draws(draw(seed, split, index)[0], kinds)
 
-_ONLY = dict(texture=('object', 'placed'), count=('several',), object=('object', 'placed', 'sign', 'several'))  # kinds that draw a factor; a diagram's second object would change with its first
+# kinds that draw a factor; a diagram's second object would change with its first
+_ONLY = dict(texture=('object', 'placed'), count=('several',), object=('object', 'placed', 'sign', 'several'))
 
 def counterfactual(s:Scene, factor:str, value=None)->Scene: # a name from FACTORS[factor]; None picks another than the scene's
     "The same scene with one factor changed"
@@ -170,7 +180,8 @@ def tile(texture:str)->Image.Image:
     i = np.arange(192)
     x, y = np.meshgrid(i, i)
     w = dict(plain=lambda: 0*x, gradient=lambda: x/191, stripes=lambda: (x//16) % 2, checks=lambda: (x//16 + y//16) % 2,
-             dots=lambda: ((x % 32 - 16)**2 + (y % 32 - 16)**2 < 100)*1, noise=lambda: np.kron(np.random.default_rng(0).random((48, 48)), np.ones((4, 4))))[texture]()
+             dots=lambda: ((x % 32 - 16)**2 + (y % 32 - 16)**2 < 100)*1,
+             noise=lambda: np.kron(np.random.default_rng(0).random((48, 48)), np.ones((4, 4))))[texture]()
     return Image.fromarray((255*w).astype(np.uint8))
 
 def fill(size:int, texture:str, a:tuple, b:tuple, u)->Image.Image: # two RGB tones, three uniform numbers
@@ -248,7 +259,8 @@ def single_parts(s:Scene, size:int)->list:
         room = max(1 - side, 0)*.8 + .06
         x, y = .5 + room*(s.u[104] - .5), .5 + room*(s.u[105] - .5)
     a, b = tones(s)
-    parts = [Part('object', NAMES[s.object], object_mask(NAMES[s.object], size, x, y, side, angle_of(s)), fill(size, TEXTURES[s.texture], a, b, s.u[106:109]))]
+    parts = [Part('object', NAMES[s.object], object_mask(NAMES[s.object], size, x, y, side, angle_of(s)),
+                  fill(size, TEXTURES[s.texture], a, b, s.u[106:109]))]
     if s.word >= 0:
         y0 = .02 if s.u[109] < .5 else .76
         parts += [Part('mark', 'plate', plate(size, .16, y0, .84, y0 + .22), shade(HUES[COLOURS[s.background]], lumas(s)[1] + .04, .5)),
@@ -259,7 +271,8 @@ def word_parts(s:Scene, size:int)->list:
     "A word across the frame; on a sign, below an object"
     a, _ = tones(s)
     angle = 14*(s.u[102] - .5)
-    if s.kind == 'word': return [Part('word', WORDS[s.word], word_mask(s, WORDS[s.word], size, .5, .5 + .3*(s.u[105] - .5), .94, .6, angle), a)]
+    if s.kind == 'word':
+        return [Part('word', WORDS[s.word], word_mask(s, WORDS[s.word], size, .5, .5 + .3*(s.u[105] - .5), .94, .6, angle), a)]
     return [Part('object', NAMES[s.object], object_mask(NAMES[s.object], size, .5, .33, .54, angle), a),
             Part('word', WORDS[s.word], word_mask(s, WORDS[s.word], size, .5, .82, .9, .28), a)]
 
@@ -301,7 +314,8 @@ def line_parts(s:Scene, size:int)->list:
     points = [(x*size, (.86 - .07*v)*size) for x, (_, v) in zip(xs, data)]
     m = Image.new('L', (size, size))
     ImageDraw.Draw(m).line(points, 255, max(1, round(.03*size)), 'curve')
-    return [Part('mark', 'axis', plate(size, .06, .88, .96, .895), tones(s)[0]), Part('mark', 'axis', plate(size, .06, .2, .075, .895), tones(s)[0]),
+    return [Part('mark', 'axis', plate(size, .06, .88, .96, .895), tones(s)[0]),
+            Part('mark', 'axis', plate(size, .06, .2, .075, .895), tones(s)[0]),
             Part('mark', 'line', m, tones(s, (s.colour + 3) % len(COLOURS))[0]), label_part(s, data[0][0], size, .5, .1, .6, .14)]
 
 def table_parts(s:Scene, size:int)->list:
@@ -322,11 +336,13 @@ def diagram_parts(s:Scene, size:int)->list:
         y = (.27, .75)[k]
         m = Image.new('L', (size, size))
         ImageDraw.Draw(m).line([(.45*size, y*size), (.6*size, y*size)], 255, max(1, round(.02*size)))
-        out += [Part('object', name, object_mask(name, size, .24, y, .38), tones(s, (s.colour + 2*k) % len(COLOURS))[0]), Part('mark', 'leader', m, tones(s)[0]),
+        out += [Part('object', name, object_mask(name, size, .24, y, .38), tones(s, (s.colour + 2*k) % len(COLOURS))[0]),
+                Part('mark', 'leader', m, tones(s)[0]),
                 label_part(s, WORDS[pick(s.u[121 + k], len(WORDS))], size, .79, y, .36, .13)]
     return out
 
-DRAW = dict(object=single_parts, placed=single_parts, word=word_parts, sign=word_parts, several=several_parts, bars=bars_parts, line=line_parts, table=table_parts, diagram=diagram_parts)
+DRAW = dict(object=single_parts, placed=single_parts, word=word_parts, sign=word_parts, several=several_parts, bars=bars_parts,
+            line=line_parts, table=table_parts, diagram=diagram_parts)
 
 # %% ../nbs/00_world.ipynb #700c96e2
 _POSTER = [min(255, (i//86)*127) for i in range(256)]*3
@@ -344,7 +360,8 @@ def render(s:Scene, size:int)->np.ndarray: # (size, size, 3) uint8
     "The picture of a scene"
     check(size >= 16, f'size={size} must be at least 16 px')
     im = background(s, size)
-    for p in DRAW[s.kind](s, size): im.paste(p.fill, (0, 0, size, size), p.mask) if isinstance(p.fill, tuple) else im.paste(p.fill, (0, 0), p.mask)
+    for p in DRAW[s.kind](s, size):
+        im.paste(p.fill, (0, 0, size, size), p.mask) if isinstance(p.fill, tuple) else im.paste(p.fill, (0, 0), p.mask)
     return np.asarray(stylise(im, STYLES[s.style]))
 
 def annotations(s:Scene, size:int)->list: # [(kind, name, (x0, y0, x1, y1), (size, size) bool)]
@@ -366,7 +383,8 @@ def subject(s:Scene, colour:str, text:bool)->str: # colour word or '', whether t
     thing = f'{colour} {NAMES[s.object]}'.strip() if s.object >= 0 else ''
     word = WORDS[s.word] if s.word >= 0 else ''
     t = pick(s.u[140], 4)
-    if s.kind in ('object', 'placed'): return thing + ((f' with the word {word}', f' {word}', f' and text {word}', f', {word}')[t] if text and word else '')
+    if s.kind in ('object', 'placed'):
+        return thing + ((f' with the word {word}', f' {word}', f' and text {word}', f', {word}')[t] if text and word else '')
     if s.kind == 'word': return (f'the word {word}', f'{word} text', word, f'{word} sign')[t] if text else 'text'
     if s.kind == 'sign': return f'{thing} sign' + (f' saying {word}' if text else '')
     if s.kind == 'several':
@@ -448,12 +466,15 @@ class World:
         path = cache_dir()/f'world-{split}-{kinds}-{size}px-{n}-{key}.npy'
         if not is_rendered(path, n, size):
             with locked(path):
-                if not is_rendered(path, n, size): render_file(path, n, size, seed, split, kinds, workers or cores())  # else another process has, meanwhile
+                if not is_rendered(path, n, size):
+                    render_file(path, n, size, seed, split, kinds, workers or cores())  # else another process has, meanwhile
         self.images = np.load(path, mmap_mode='r')
 
     def __len__(self): return self.n
     def scene(self, i:int)->Scene: return scene(self.seed, self.split, i, self.kinds)
-    def scenes(self): return (from_draws(u, self.kinds) for k in range(0, self.n, 4096) for u in draw(self.seed, self.split, np.arange(k, min(k + 4096, self.n))))
+    def scenes(self):
+        return (from_draws(u, self.kinds) for k in range(0, self.n, 4096)
+                for u in draw(self.seed, self.split, np.arange(k, min(k + 4096, self.n))))
 
     @cached_property
     def labels(self)->dict:

@@ -106,7 +106,8 @@ def cells(s:Scene)->list:
 def relation(r, s:Scene):
     "Symbol `i` is beside symbol `j`; the others of the scene are among the options"
     at = [(c % 3, c//3) for c in cells(s)]
-    pairs = [(i, j, name) for i, (x, y) in enumerate(at) for name, (dx, dy) in RELATIONS.items() for j, to in enumerate(at) if to == (x - dx, y - dy)]
+    pairs = [(i, j, name) for i, (x, y) in enumerate(at) for name, (dx, dy) in RELATIONS.items()
+             for j, to in enumerate(at) if to == (x - dx, y - dy)]
     if not pairs: return None
     i, j, name = one(r, pairs)
     anchor, *options = some(r, NAMES, 5)
@@ -123,7 +124,8 @@ def diagram(r, s:Scene, backwards:bool):
     objects, words = some(r, NAMES), some(r, WORDS)
     order = one(r, ((0, 1), (1, 0)))  # of the answer and the other, from top to bottom
     a, b = (NAMES.index(objects[k]) for k in order)
-    s = put(s, {120: middle((b - a - 1) % len(NAMES), len(NAMES) - 1), **{121 + j: middle(WORDS.index(words[k]), len(WORDS)) for j, k in enumerate(order)}}, object=NAMES[a])
+    s = put(s, {120: middle((b - a - 1) % len(NAMES), len(NAMES) - 1),
+                **{121 + j: middle(WORDS.index(words[k]), len(WORDS)) for j, k in enumerate(order)}}, object=NAMES[a])
     return (s, objects, words[0]) if backwards else (s, words, objects[0])
 
 def number(r, s:Scene):
@@ -162,19 +164,25 @@ TASKS = {
     'SEEDBench': Task('count', ('several',), partial(of_factor, factor='count', pool=COUNTS),
         ('How many symbols are there?', 'How many symbols does the picture show?', 'What is the number of symbols?')),
     'MMStar': Task('size', ('placed', 'object'), size,
-        ('How large is the symbol, in per cent of the picture?', 'What per cent of the picture does the symbol span?', 'How long is the symbol, in per cent of the picture?')),
-    'A-OKVQA': Task('object', ('object',), any_object, ('Which symbol is shown?', 'What does the picture show?', 'Which of these is in the picture?')),
+        ('How large is the symbol, in per cent of the picture?', 'What per cent of the picture does the symbol span?',
+         'How long is the symbol, in per cent of the picture?')),
+    'A-OKVQA': Task('object', ('object',), any_object, ('Which symbol is shown?', 'What does the picture show?',
+                                                        'Which of these is in the picture?')),
     'VizWiz': Task('style', ('object',), partial(of_factor, factor='style', pool=STYLES),
         ('How does the picture look?', 'Which style does the picture have?', 'In which style is the picture?')),
     'MMVet': Task('colour and object', ('object',), two_factors,
-        ('What is shown, and in which colour?', 'Which colour and symbol are shown?', 'Which of these is shown in its colour?'), HIDDEN['colour']),
+        ('What is shown, and in which colour?', 'Which colour and symbol are shown?', 'Which of these is shown in its colour?'),
+        HIDDEN['colour']),
     'VQAv2': Task('colour', ('object',), partial(of_factor, factor='colour', pool=COLOURS),
         ('What colour is the symbol?', 'Which colour does the symbol have?', 'In which colour is the symbol drawn?'), HIDDEN['colour']),
     'OKVQA': Task('family', ('object',), relative,
-        ('Which of these belongs to the same family as the symbol shown?', 'Which symbol is of the same family as the one shown?', 'The symbol shown is of one family with which of these?')),
-    'MMMU': Task('object within a family', ('object',), fine_object, ('Which one is shown?', 'What exactly is shown?', 'Which of these is it?')),
+        ('Which of these belongs to the same family as the symbol shown?', 'Which symbol is of the same family as the one shown?',
+         'The symbol shown is of one family with which of these?')),
+    'MMMU': Task('object within a family', ('object',), fine_object,
+                 ('Which one is shown?', 'What exactly is shown?', 'Which of these is it?')),
     'MathVista': Task('sum', ('several',), count_and_more,
-        ('How many symbols would there be if {} more were added?', 'If {} more symbols were added, how many would there be?', 'How many symbols are there in all when {} are added?')),
+        ('How many symbols would there be if {} more were added?', 'If {} more symbols were added, how many would there be?',
+         'How many symbols are there in all when {} are added?')),
     'ScienceQA': Task('labelled object', ('diagram',), partial(diagram, backwards=True),
         ('Which symbol is labelled {}?', 'Which symbol has the label {}?', 'Which symbol does the word {} label?'), HIDDEN['text']),
     'RealWorldQA': Task('position', ('placed',), partial(of_factor, factor='position', pool=POSITIONS),
@@ -184,7 +192,8 @@ TASKS = {
     'MathVision': Task('texture', ('object',), partial(of_factor, factor='texture', pool=TEXTURES),
         ('Which texture fills the symbol?', 'How is the symbol filled?', 'Which texture does the symbol have?'), HIDDEN['texture']),
     'TextVQA': Task('word', ('sign', 'object'), either_word,
-        ('Which word is written by the symbol?', 'Which word stands with the symbol?', 'What does the text by the symbol say?'), HIDDEN['text']),
+        ('Which word is written by the symbol?', 'Which word stands with the symbol?', 'What does the text by the symbol say?'),
+        HIDDEN['text']),
     'OCRVQA': Task('word', ('word',), partial(of_factor, factor='word', pool=WORDS),
         ('Which word is this?', 'Which word is written here?', 'What does the picture say?'), HIDDEN['text']),
     'AI2D': Task('label', ('diagram',), partial(diagram, backwards=False),
@@ -192,11 +201,14 @@ TASKS = {
     'ChartQA': Task('highest bar', ('bars',), largest,
         ('Which bar is the highest?', 'Which bar has the largest value?', 'What is the name of the highest bar?'), HIDDEN['text']),
     'DocVQA': Task('number', ('table',), number,
-        ('Which number stands next to {}?', 'What number does the table give for {}?', 'Which number is in the row of {}?'), HIDDEN['text']),
+        ('Which number stands next to {}?', 'What number does the table give for {}?', 'Which number is in the row of {}?'),
+        HIDDEN['text']),
     'InfoVQA': Task('highest point', ('line',), partial(largest, nth=True),
-        ('At which point is the line highest?', 'Which point of the line is the highest?', 'Where does the line reach its top?'), HIDDEN['text']),
+        ('At which point is the line highest?', 'Which point of the line is the highest?', 'Where does the line reach its top?'),
+        HIDDEN['text']),
     'TableVQABench': Task('largest row', ('table',), largest,
-        ('Which row has the largest number?', 'Which name stands next to the largest number?', 'In which row is the largest number?'), HIDDEN['text'])}
+        ('Which row has the largest number?', 'Which name stands next to the largest number?', 'In which row is the largest number?'),
+        HIDDEN['text'])}
 
 # %% ../nbs/05_worldvqa.ipynb #f5a36c3d
 QUESTIONS = '1'  # version of what is asked
@@ -207,7 +219,8 @@ class WorldVQA(Questions):
     def __init__(self, split:str='test', n:int=2000, canvas:int=48, seed:int=0, tasks=CATEGORIES): # canvas in px
         one_of('split', split, SPLITS)
         check(n > 0 and canvas >= 16, f'n={n} must be above 0 and canvas={canvas} at least 16 px')
-        check(not isinstance(tasks, str) and 0 < len(tasks) == len(set(tasks)), f'tasks={tasks!r} must be a list of different names of tasks')
+        check(not isinstance(tasks, str) and 0 < len(tasks) == len(set(tasks)),
+              f'tasks={tasks!r} must be a list of different names of tasks')
         for t in tasks: one_of('task', t, TASKS)
         self.split, self.canvas, self.seed, self.tasks = split, canvas, seed, tuple(tasks)
         rows = [row for a in range(0, n, 4096) for _, row in self.made(range(a, min(a + 4096, n)))]
@@ -222,7 +235,8 @@ class WorldVQA(Questions):
         letters = permute(turn % 4, 4, *key, task, turn//4).tolist()
         out, left, tries = [None]*len(ids), list(range(len(ids))), 0
         while left:
-            for j, u in zip(left, draw(self.seed, self.split, ids[left].numpy() + (tries << 40))): out[j] = self.ask(int(ids[j]), u, iter(choices[j]), letters[j])
+            for j, u in zip(left, draw(self.seed, self.split, ids[left].numpy() + (tries << 40))):
+                out[j] = self.ask(int(ids[j]), u, iter(choices[j]), letters[j])
             left, tries = [j for j in left if out[j] is None], tries + 1
         return out
 
@@ -245,7 +259,8 @@ class WorldVQA(Questions):
     def facts(self, i:int)->dict:
         "What question `i` is about, and the factors of its picture by name; those that it has not are left out"
         s = self.scene(i)
-        return dict(task=TASKS[self.rows[i]['category']].factor, **{f: names[s.label(f)] for f, names in FACTORS.items() if s.label(f) >= 0})
+        return dict(task=TASKS[self.rows[i]['category']].factor,
+                    **{f: names[s.label(f)] for f, names in FACTORS.items() if s.label(f) >= 0})
 
 # %% ../nbs/05_worldvqa.ipynb #ce0d8685
 def shown_size(s:Scene)->str: return SIZES[s.scale + 3*(s.kind == 'object')]
@@ -255,10 +270,12 @@ def facts_of(s:Scene)->list:
     thing = f'{COLOURS[s.colour]} {NAMES[s.object]}' if s.object >= 0 else ''
     ground, word = f'on {COLOURS[s.background]}', [f'the word {WORDS[s.word]}'] if s.word >= 0 else []
     if s.kind in ('object', 'placed'):
-        return [thing, f'{TEXTURES[s.texture]} texture', f'{shown_size(s)} per cent', *([f'at the {POSITIONS[s.position]}'] if s.kind == 'placed' else []), *word, ground]
+        return [thing, f'{TEXTURES[s.texture]} texture', f'{shown_size(s)} per cent',
+                *([f'at the {POSITIONS[s.position]}'] if s.kind == 'placed' else []), *word, ground]
     if s.kind == 'sign': return [f'sign with a {thing}', *word, ground]
     if s.kind == 'word': return [*word, f'{COLOURS[s.colour]} text', ground]
-    if s.kind == 'several': return [f'{s.count + 1} symbols', *(f'{p.name} at the {POSITIONS[c]}' for p, c in zip(several_parts(s, 16), cells(s)))]
+    if s.kind == 'several':
+        return [f'{s.count + 1} symbols', *(f'{p.name} at the {POSITIONS[c]}' for p, c in zip(several_parts(s, 16), cells(s)))]
     if s.kind == 'diagram':
         a, word_a, b, word_b = (p.name for p in diagram_parts(s, 16) if p.kind != 'mark')
         return ['diagram', f'{a} labelled {word_a}', f'{b} labelled {word_b}']
@@ -296,5 +313,6 @@ def to_parquet(questions:Questions, path:Path, group:int=256): # rows of a group
     schema = parquet_schema()
     with whole(path) as tmp, pq.ParquetWriter(tmp, schema) as f:
         for a in range(0, len(questions), group):
-            rows = [dict(row, image=dict(bytes=png(questions.picture(i)), path=f'{row["index"]}.png')) for i, row in enumerate(questions.rows[a:a + group], a)]
+            rows = [dict(row, image=dict(bytes=png(questions.picture(i)), path=f'{row["index"]}.png'))
+                    for i, row in enumerate(questions.rows[a:a + group], a)]
             f.write_table(pa.Table.from_pylist(rows, schema))

@@ -20,7 +20,8 @@ QWEN2 = ("{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{{
 LLAMA2 = "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
 DATES = dict(  # what begins chat templates that write a date, and what it is to write
     default=('{% if not date_string is defined %}{% if strftime_now is defined %}{% set date_string = strftime_now("%d %b %Y") %}{% else %}{% set date_string = "1 Jan 1970" %}{% endif %}{% endif %}{{ "On " + date_string + "; " }}', 'On 26 Jul 2024; '),
-    today=('\n\n{% macro head() %}{{ "On " + strftime_now("%A %a, %B %b %d, %y, %Y-%m-%d %H:%M:%S") + "; " }}{% endmacro %}{{ head() }}', f'\n\nOn {datetime(2024, 7, 26, 12):%A %a, %B %b %d, %y, %Y-%m-%d %H:%M:%S}; '))
+    today=('\n\n{% macro head() %}{{ "On " + strftime_now("%A %a, %B %b %d, %y, %Y-%m-%d %H:%M:%S") + "; " }}{% endmacro %}{{ head() }}',
+           f'\n\nOn {datetime(2024, 7, 26, 12):%A %a, %B %b %d, %y, %Y-%m-%d %H:%M:%S}; '))
 SPECIAL = '<pad>', '<s>', '</s>', '<image>', '<|im_start|>', '<|im_end|>'
 
 @pytest.fixture(autouse=True)
@@ -32,15 +33,18 @@ def words(template=None, drop=(), adds_bos=False, **names):
     t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     vocabulary = '? user assistant system You are helpful . USER: ASSISTANT: [INST] [/INST] A chat between a curious user and an artificial intelligence assistant. The assistant gives ' \
                  "helpful, detailed, polite answers to the user's questions. What ? Where a cat dog there here"
-    t.train_from_iterator([vocabulary], trainers.WordLevelTrainer(special_tokens=[s for s in SPECIAL if s not in drop] + ['?'], show_progress=False))
+    t.train_from_iterator([vocabulary], trainers.WordLevelTrainer(special_tokens=[s for s in SPECIAL if s not in drop] + ['?'],
+                                                                  show_progress=False))
     if adds_bos: t.post_processor = processors.TemplateProcessing(single='<s> $A', special_tokens=[('<s>', t.token_to_id('<s>'))])
-    return PreTrainedTokenizerFast(tokenizer_object=t, chat_template=template, **(dict(pad_token='<pad>', bos_token='<s>', eos_token='</s>', unk_token='?') | names))
+    return PreTrainedTokenizerFast(tokenizer_object=t, chat_template=template,
+                                   **(dict(pad_token='<pad>', bos_token='<s>', eos_token='</s>', unk_token='?') | names))
 
 def pieces(template=None, texts=('the cat sat on the mat', 'what is it, then?')*20):
     "A byte-level BPE, whose tokens begin with spaces and may be parts of characters"
     t = Tokenizer(models.BPE())
     t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    t.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, special_tokens=list(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    t.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, special_tokens=list(SPECIAL),
+                                                     initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=t, chat_template=template, pad_token='<pad>', bos_token='<s>', eos_token='</s>')
 
 def shown(tokenizer, turns, picture, n, **how):
@@ -82,7 +86,8 @@ def written(d, rows, pictures=('a/1.jpg',), **how):
     return d/'list.json', d/'pictures'
 
 def test_the_layout_of_llava_pretrain(tmp_path):
-    c = LlavaJson(*written(tmp_path, [dict(id='004539375', image='00453/004539375.jpg', conversations=said('Give a brief description.\n<image>', 'a sofa , two chairs')),
+    c = LlavaJson(*written(tmp_path, [dict(id='004539375', image='00453/004539375.jpg',
+                                           conversations=said('Give a brief description.\n<image>', 'a sofa , two chairs')),
                                       dict(id='002239345', image='00223/002239345.jpg', conversations=said('<image>\nWhat is it?', 'a dress'))], ['00453/004539375.jpg', '00223/002239345.jpg']))
     assert [c.turns(i) for i in range(2)] == [[('Give a brief description.', 'a sofa , two chairs')], [('What is it?', 'a dress')]]
     assert [c.picture_id(i) for i in range(2)] == [0, 1] and c.pictures.names == ['00453/004539375.jpg', '00223/002239345.jpg']
@@ -90,14 +95,18 @@ def test_the_layout_of_llava_pretrain(tmp_path):
 
 def test_the_layout_of_llava_instruct(tmp_path):
     "Several turns, shared pictures, text alone, a human who has the last word, a gpt who has the first, and pictures that are missing"
-    rows = [dict(id='1', image='coco/train2017/1.jpg', model='', conversations=said('<image>\nWhat?', 'A cat.', 'Where?', 'There.', 'Why?')),
-            dict(id='2', image='gqa/images/2.jpg', conversations=said('<image>\nWhat?\nAnswer the question using a single word or phrase.', 'dog')),
+    rows = [dict(id='1', image='coco/train2017/1.jpg', model='',
+                 conversations=said('<image>\nWhat?', 'A cat.', 'Where?', 'There.', 'Why?')),
+            dict(id='2', image='gqa/images/2.jpg', conversations=said('<image>\nWhat?\nAnswer the question using a single word or phrase.',
+                                                                      'dog')),
             dict(id='3', model='gpt-4', conversations=said('Hello', 'Hi')),
             dict(id='4', image='ocr_vqa/images/4.jpg', conversations=said('<image>\nWho wrote it?', 'Nobody')),
             dict(id='5', image='coco/train2017/1.jpg', conversations=said('Is it grey?\n<image>', 'No')),
             dict(id='6', conversations=[*said('left out', roles=('gpt', 'human')), *said('And?', 'Yes')])]
     c = LlavaJson(*written(tmp_path, rows, ['coco/train2017/1.jpg', 'gqa/images/2.jpg']), max_bad=.2)
-    assert [c.turns(i) for i in range(len(c))] == [[('What?', 'A cat.'), ('Where?', 'There.')], [('What?\nAnswer the question using a single word or phrase.', 'dog')], [('Hello', 'Hi')], [('Is it grey?', 'No')], [('And?', 'Yes')]]
+    assert [c.turns(i) for i in range(len(c))] == [[('What?', 'A cat.'), ('Where?', 'There.')],
+                                                   [('What?\nAnswer the question using a single word or phrase.', 'dog')],
+                                                   [('Hello', 'Hi')], [('Is it grey?', 'No')], [('And?', 'Yes')]]
     assert [c.picture_id(i) for i in range(5)] == [0, 1, -1, 0, -1] and len(c.pictures) == 2
     assert list(c.unusable()) == [('row 3, ocr_vqa/images/4.jpg', 'missing picture')] and c.missing == Counter({'missing picture': 1})
 
@@ -114,9 +123,11 @@ def test_any_script_and_any_spacing(tmp_path, ascii):
 FAULTS = {'no list of conversations': [5, {}, dict(conversations='x'), dict(conversations=[1]), dict(conversations=[{'from': 'human'}])],
           'image is not one path': [row(image=['a/1.jpg', 'b.jpg']), row(image='')],
           'a role that is neither': [dict(conversations=said('a', 'b', roles=('user', 'gpt')))],
-          'no question with an answer': [dict(conversations=[]), dict(conversations=said('a')), dict(conversations=said('a', roles=('gpt', 'human')))],
+          'no question with an answer': [dict(conversations=[]), dict(conversations=said('a')),
+                                         dict(conversations=said('a', roles=('gpt', 'human')))],
           'do not take turns': [dict(conversations=said('a', 'b', 'c', 'd', roles=('human', 'human')) + said('a', 'b'))],
-          '<image> must stand once': [row(q='What?'), row(q='<image> and <image>'), row(a='<image>'), dict(row(q='What?'), conversations=said('a', 'b', '<image>', 'c'))],
+          '<image> must stand once': [row(q='What?'), row(q='<image> and <image>'), row(a='<image>'),
+                                      dict(row(q='What?'), conversations=said('a', 'b', '<image>', 'c'))],
           '<image> in a row without': [dict(conversations=said('<image>\na', 'b')), dict(conversations=said('a', 'b <image>'))],
           'an empty answer': [row(a=' \n')], 'half a character': [row(a='\ud83d')]}
 
@@ -132,12 +143,15 @@ def test_too_many_of_them_are_refused(tmp_path):
         LlavaJson(*written(tmp_path, rows))
     assert len(LlavaJson(*written(tmp_path, rows), max_bad=.1)) == 90
     rows[0], listed = dict(conversations=[]), tmp_path/'bad.jsonl'
-    with pytest.raises(BadData, match=r'mostly: missing picture \(10\), no question with an answer \(1\), as in row 90, .*; bad.jsonl lists them$'): LlavaJson(*written(tmp_path, rows), listed=listed)
+    with pytest.raises(BadData, match=r'mostly: missing picture \(10\), no question with an answer \(1\), as in row 90, .*; bad.jsonl lists them$'):
+        LlavaJson(*written(tmp_path, rows), listed=listed)
     assert [json.loads(l)['key'] for l in listed.read_text().splitlines()] == ['row 0, id None', *(f'row {k}, a/{k - 88}.jpg' for k in range(90, 100))]
     with pytest.raises(BadData, match='1 of 1 rows'): LlavaJson(*written(tmp_path, [dict(conversations=[])]), max_bad=1.)
 
-@pytest.mark.parametrize('text, what', [('{"a": 1}', r"'{' instead of \[ at byte 0"), ('[{"a": tru}]', 'row 0 can not be read at byte 7'), ('[{}, {"a": "', 'row 1 can not be read'), ('[{}', 'row 0 is not followed by'),
-                                        ('[{} {}]', 'row 0 is not followed by'), ('[] []', 'something after the list'), ('[' + '[{"a":'*100000, 'row 0 can not be read'), ('[]', 'has no rows'), ('\n', 'instead of')])
+@pytest.mark.parametrize('text, what', [('{"a": 1}', r"'{' instead of \[ at byte 0"), ('[{"a": tru}]', 'row 0 can not be read at byte 7'),
+                                        ('[{}, {"a": "', 'row 1 can not be read'), ('[{}', 'row 0 is not followed by'),
+                                        ('[{} {}]', 'row 0 is not followed by'), ('[] []', 'something after the list'),
+                                        ('[' + '[{"a":'*100000, 'row 0 can not be read'), ('[]', 'has no rows'), ('\n', 'instead of')])
 def test_files_that_are_no_lists(tmp_path, text, what):
     with pytest.raises(BadData, match=what) as e: LlavaJson(*written(tmp_path, text))
     assert 'list.json' in str(e.value) and '\n' not in str(e.value)
@@ -237,10 +251,14 @@ def test_bos_comes_once(adds_bos):
 def replies(seed):
     "Turns of words, spaces, signs and characters of several bytes"
     r = random.Random(seed)
-    def text(): return ' '.join(r.choice(['the cat', 'sat', 'on', '日本', '🎉👍🏽', "it's", 'a  b', 'x\n\ny', '.', 'é', '[/INST]', 'USER:', '\u200b']) for _ in range(r.randint(1, 12))).strip()
+    def text():
+        return ' '.join(r.choice(['the cat', 'sat', 'on', '日本', '🎉👍🏽', "it's", 'a  b', 'x\n\ny', '.', 'é', '[/INST]', 'USER:', '\u200b'])
+                        for _ in range(r.randint(1, 12))).strip()
     return [(text(), text()) for _ in range(r.randint(1, 5))]
 
-@pytest.mark.parametrize('template, end, gap', [('vicuna', '</s>', ' '), ('chatml', '<|im_end|>', ''), (QWEN2, '<|im_end|>', ''), (LLAMA2, ' </s>', ' ')], ids=['vicuna', 'chatml', 'qwen2', 'llama2'])
+@pytest.mark.parametrize('template, end, gap',
+                         [('vicuna', '</s>', ' '), ('chatml', '<|im_end|>', ''), (QWEN2, '<|im_end|>', ''), (LLAMA2, ' </s>', ' ')],
+                         ids=['vicuna', 'chatml', 'qwen2', 'llama2'])
 def test_targets_are_the_answers_and_their_ends(template, end, gap):
     "Against transformers' own path: the whole conversation as text, with as many marks as the picture has tokens"
     t = pieces(TEMPLATES.get(template, template))
@@ -249,8 +267,10 @@ def test_targets_are_the_answers_and_their_ends(template, end, gap):
         ids, loss = render(t, turns, picture, 5)
         assert t.decode(ids[loss]) == ''.join(gap + a + end for _, a in turns)
         assert (ids[loss] != t.convert_tokens_to_ids('<image>')).all() and (ids == t.convert_tokens_to_ids('<image>')).sum() == 5*picture
-        spoken = [dict(role=r, content=('<image>\n' if picture and not k and r == 'user' else '') + c) for k, turn in enumerate(turns) for r, c in zip(('user', 'assistant'), turn)]
-        assert ids.tolist() == t(t.apply_chat_template(spoken, tokenize=False).replace('<image>', '<image>'*5), add_special_tokens=False)['input_ids']
+        spoken = [dict(role=r, content=('<image>\n' if picture and not k and r == 'user' else '') + c) for k, turn in enumerate(turns)
+                  for r, c in zip(('user', 'assistant'), turn)]
+        assert ids.tolist() == t(t.apply_chat_template(spoken, tokenize=False).replace('<image>', '<image>'*5),
+                                 add_special_tokens=False)['input_ids']
         for k in range(len(turns)):  # what a model is asked is how the conversation began
             ask, none = render(t, [*turns[:k], (turns[k][0], None)], picture, 5)
             assert (ids[:len(ask)] == ask).all() and (none == loss[:len(ask)]).all() and loss[len(ask)]
@@ -267,9 +287,12 @@ def test_the_date_is_always_the_same(begin, date):
 def test_sentencepiece_and_characters_in_bytes(legacy):
     "As Llama's tokenizers put spaces: before a text and after each special token, or before a text alone"
     t = Tokenizer(models.BPE(byte_fallback=True, unk_token='<unk>', fuse_unk=True))
-    if legacy: t.normalizer, t.pre_tokenizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')]), pre_tokenizers.Split('▁', 'merged_with_next')
+    if legacy:
+        t.normalizer, t.pre_tokenizer = normalizers.Sequence([normalizers.Prepend('▁'), normalizers.Replace(' ', '▁')]), pre_tokenizers.Split('▁', 'merged_with_next')
     else: t.pre_tokenizer = pre_tokenizers.Metaspace('▁', prepend_scheme='first')
-    t.train_from_iterator(['USER: what is it ASSISTANT: a cat. it is there']*30, trainers.BpeTrainer(vocab_size=400, special_tokens=['<unk>', *SPECIAL, *(f'<0x{i:02X}>' for i in range(256))], show_progress=False))
+    t.train_from_iterator(['USER: what is it ASSISTANT: a cat. it is there']*30,
+                          trainers.BpeTrainer(vocab_size=400, special_tokens=['<unk>', *SPECIAL, *(f'<0x{i:02X}>' for i in range(256))],
+                                              show_progress=False))
     t.post_processor = processors.TemplateProcessing(single='<s> $A', special_tokens=[('<s>', t.token_to_id('<s>'))])
     t = PreTrainedTokenizerFast(tokenizer_object=t, bos_token='<s>', eos_token='</s>', unk_token='<unk>')
     turns = [('what is it', 'a cat. 日'), ('is it', 'it is there')]
@@ -309,7 +332,8 @@ def test_tokenizers_that_are_refused(tokenizer, how, what):
 
 def test_conversations_that_are_refused():
     with pytest.raises(SettingsError, match='this conversation has 2 turns'): render(words(), TURNS, True, 4, plain=True)
-    with pytest.raises(SettingsError, match="<image> stands for a picture and may not be in a text, as in 'a <image>"): render(words(QWEN2.replace('<|im_start|>system', 'a <image>')), TURNS, False, 4)
+    with pytest.raises(SettingsError, match="<image> stands for a picture and may not be in a text, as in 'a <image>"):
+        render(words(QWEN2.replace('<|im_start|>system', 'a <image>')), TURNS, False, 4)
     with pytest.raises(SettingsError, match='may not be in a text'): render(words(), [('What', 'a <image>')], True, 4, template='vicuna')
 
 def test_a_tokenizer_without_picture_token_serves_text():
@@ -353,7 +377,8 @@ def test_order_is_a_function_of_seed_and_step():
     again = batches(c)
     for s in (29, 3, 14): assert all((straight[s][k] == again.rows(s)[k]).all() for k in ('ids', 'mask', 'targets', 'image', 'pictures'))
     assert any((batches(c, seed=1).plan(s) != again.plan(s)).any() for s in range(12))
-    assert len({batches(c).fingerprint, batches(c, seed=1).fingerprint, batches(c, tokens=5).fingerprint, batches(c, context=64).fingerprint, batches(c, template='vicuna').fingerprint}) == 5
+    assert len({batches(c).fingerprint, batches(c, seed=1).fingerprint, batches(c, tokens=5).fingerprint,
+                batches(c, context=64).fingerprint, batches(c, template='vicuna').fingerprint}) == 5
     assert again.fingerprint == batches(c).fingerprint != batches(lengths_of(101, 6, .8)).fingerprint
 
 @pytest.mark.parametrize('ranks', [2, 4])
@@ -379,7 +404,8 @@ def test_micro_batches_add_up(size):
 
 def test_what_is_too_long_is_cut_or_left_out():
     "32 tokens hold: 2 of the user's header, 4 of the picture, the question, 3 up to the answer, the answer and its end"
-    rows = [([('What '*q, 'cat '*a)], p) for q, a, p in [(1, 5, 0), (1, 40, 1), (20, 40, -1), (22, 5, 2), (27, 1, -1), (23, 5, 3), (28, 1, -1)]]
+    rows = [([('What '*q, 'cat '*a)], p) for q, a, p in [(1, 5, 0), (1, 40, 1), (20, 40, -1), (22, 5, 2), (27, 1, -1), (23, 5, 3),
+                                                         (28, 1, -1)]]
     b = batches(Lists(rows), 1, context=32)
     assert b.lengths.tolist() == [2 + 4 + 1 + 3 + 6, 32, 32, 32, 32, 32, 32]
     assert b.targets.tolist() == [6, 22, 7, 1, 0, 0, 0] and b.use.tolist() == [0, 1, 2, 3] and b.counts() == dict(conversations=7, cut=6, without_targets=3)
@@ -388,12 +414,14 @@ def test_what_is_too_long_is_cut_or_left_out():
 
 def test_padding_never_exceeds_the_context(): assert batches(lengths_of(16, 100, .1), context=61).rows(0)['ids'].shape == (8, 61)
 
-@pytest.mark.parametrize('how, what', [(dict(context=5), 'context=5 has no room for the 4 tokens of a picture, which end at token 6'), (dict(batch=64), 'has 40 conversations with targets within context=2048, fewer than batch=64'),
+@pytest.mark.parametrize('how, what', [(dict(context=5), 'context=5 has no room for the 4 tokens of a picture, which end at token 6'),
+                                       (dict(batch=64), 'has 40 conversations with targets within context=2048, fewer than batch=64'),
                                        (dict(tokens=0), 'image_tokens=0 must be above 0'), (dict(mega=0), 'mega=0 must be above 0')])
 def test_settings_that_are_refused(how, what):
     with pytest.raises(SettingsError, match=what): batches(lengths_of(40, 6, .8), **how)
 
-def test_the_room_for_pictures_is_asked_where_there_are_any(): assert len(batches(lengths_of(40, 1, .1, pictures=0), tokens=40, context=7)) == 5
+def test_the_room_for_pictures_is_asked_where_there_are_any():
+    assert len(batches(lengths_of(40, 1, .1, pictures=0), tokens=40, context=7)) == 5
 
 @pytest.mark.parametrize('how', [dict(plain=True), dict(template='vicuna'), dict(template='chatml')], ids=str)
 def test_waste_on_the_world(how):
@@ -410,7 +438,9 @@ def test_waste_on_a_long_tail():
     assert b.waste(size=8) == pytest.approx(1 - sum(int(m['mask'].sum()) for m in made)/sum(m['mask'].numel() for m in made))
     assert b.waste() < .1 and b.waste(size=8) < .1 and b.waste(epoch=1) < .1 and b.waste() < .25*batches(c, 32, tokens=196, mega=1).waste()
 
-@pytest.mark.parametrize('damage', [lambda d: d[:-4], lambda d: d[:len(d)//2], lambda d: b'', lambda d: d[:40] + bytes([d[40] ^ 1]) + d[41:], lambda d: d + b'\0\0\0\0', lambda d: b'no tokens', lambda d: d[:-1]])
+@pytest.mark.parametrize('damage', [lambda d: d[:-4], lambda d: d[:len(d)//2], lambda d: b'',
+                                    lambda d: d[:40] + bytes([d[40] ^ 1]) + d[41:], lambda d: d + b'\0\0\0\0', lambda d: b'no tokens',
+                                    lambda d: d[:-1]])
 def test_a_damaged_cache_is_made_again(tmp_path, damage):
     c = lengths_of(40, 6, .8)
     want = batches(c).rows(0)

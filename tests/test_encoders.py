@@ -65,7 +65,8 @@ def test_random_is_what_the_run_began_with(top, name, seed):
     assert (torch.get_rng_state() == state).all()
     torch.manual_seed(1)
     b = load_encoder(f'random:runs/{name}')
-    if name != 'fp64': assert all((v == a.model.state_dict()[k]).all() for k, v in make_encoder('clipdino_vit_smoke', 32, seed).state_dict().items())
+    if name != 'fp64':
+        assert all((v == a.model.state_dict()[k]).all() for k, v in make_encoder('clipdino_vit_smoke', 32, seed).state_dict().items())
     assert a.fingerprint == b.fingerprint != load_encoder(name).fingerprint
     assert a.tokens(x)[0][1].shape == (3, 16, 32) and a.tokens(x)[0][1].dtype == load_encoder(name).tokens(x)[0][1].dtype == torch.float32
 
@@ -107,7 +108,8 @@ class Evil:
     def __init__(self, path): self.path = str(path)
     def __reduce__(self): return open, (self.path, 'w')
 
-@pytest.mark.parametrize('name,file', [('evil.pth', 'evil.pth'), ('hf:vit', 'vit/pytorch_model.bin'), ('timm', 'timm/pytorch_model.bin'), ('open_clip:ViT-B-32/evil.pth', 'evil.pth')])
+@pytest.mark.parametrize('name,file', [('evil.pth', 'evil.pth'), ('hf:vit', 'vit/pytorch_model.bin'), ('timm', 'timm/pytorch_model.bin'),
+                                       ('open_clip:ViT-B-32/evil.pth', 'evil.pth')])
 def test_no_pickle_runs_code(top, name, file):
     transformers.ViTConfig(**VIT).save_pretrained('vit')
     (top/'timm').mkdir()
@@ -122,7 +124,8 @@ def test_files_that_are_no_pickles(top):
         refused('x.pth', 'x.pth (is damaged or|can not be read)')
 
 def test_pickles_of_other_things(top):
-    for data in dict(teacher=x), dict(cls_token=x[0, 0], pos_embed=x, **{'patch_embed.proj.weight': x, 'blocks.0.mlp.fc1.weight': x}), dict(args=3), {}:
+    for data in dict(teacher=x), dict(cls_token=x[0, 0], pos_embed=x,
+                                      **{'patch_embed.proj.weight': x, 'blocks.0.mlp.fc1.weight': x}), dict(args=3), {}:
         torch.save(data, 'x.pth')
         refused('x.pth', 'x.pth (can not be read|does not fit its model|is 32 wide)')
 
@@ -147,7 +150,8 @@ def test_a_guess_of_the_pixels_is_said(top, capsys):
 
 def test_a_clip_without_tokenizer_has_no_text(top):
     "transformers would make a tokenizer of two words"
-    text = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=600, max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1)
+    text = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=600,
+                max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1)
     transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=VIT, projection_dim=24)).save_pretrained('clip')
     e = load_encoder('hf:clip')
     with pytest.raises(SettingsError, match='hf:clip has no text tower.*with a tokenizer'): e.embed_text(['a'])

@@ -39,7 +39,8 @@ def test_bad_samples_are_counted_replaced_and_listed(top, share):
     assert {r['key'] for r in rows} == {f'0.tar/{i:06d}' for i in broken}  # two epochs have met each of them
     assert 2*len(broken) - 3 <= len(rows) <= 2.5*len(broken) + 2  # once an epoch, and now and then as a replacement
 
-@pytest.mark.parametrize('share,message', [(.1, r'max_bad=0.05 allows 5.0%\), mostly: undecodable image; bad.jsonl lists them'), (1., '^sample 0.tar/[0-9]+ and the 16 that could replace it are all bad, mostly: undecodable image$')])
+@pytest.mark.parametrize('share,message', [(.1, r'max_bad=0.05 allows 5.0%\), mostly: undecodable image; bad.jsonl lists them'),
+                                           (1., '^sample 0.tar/[0-9]+ and the 16 that could replace it are all bad, mostly: undecodable image$')])
 @pytest.mark.parametrize('workers', [0, 1])
 def test_too_many_bad_samples_stop_the_run(top, share, message, workers):
     shard(top/'0.tar', 0, 300, range(0, 300, round(1/share)))
@@ -71,7 +72,8 @@ def test_changed_data_are_refused(top):
         (top/'runs/x/result.json').rename(top/'runs/x/state-000000001.safetensors')  # as if it had been cut
         pretrain(smoke(data='0.tar'))
 
-@pytest.mark.parametrize('start', (lambda: pretrain(smoke()), lambda: probe.probe(probe.settings('smoke', encoder='random:clipdino_vit_smoke', name='x'))))
+@pytest.mark.parametrize('start', (lambda: pretrain(smoke()),
+                                   lambda: probe.probe(probe.settings('smoke', encoder='random:clipdino_vit_smoke', name='x'))))
 def test_a_result_without_its_settings_is_not_taken_for_any(top, start):
     (top/'runs/x').mkdir(parents=True)
     (top/'runs/x/result.json').write_text('{}')
@@ -88,7 +90,9 @@ def test_what_was_refused_binds_nobody(top):
     with pytest.raises(SettingsError, match='batch=256 is more than the 128 pictures'): pretrain(smoke(batch=256, samples=256))
     assert pretrain(smoke(batch=32))['samples'] == 128
 
-@pytest.mark.parametrize('objective, vain', [('clip', dict(momentum=.5)), ('clip', dict(text_model='gpt2')), ('siglip', dict(clip_weight=3.)), ('dino', dict(captions='no-text')), ('dino', dict(vocab=2000)), ('hybrid', dict(unlocked=1)), ('clip-lm', dict(text_layers=4))])
+@pytest.mark.parametrize('objective, vain', [('clip', dict(momentum=.5)), ('clip', dict(text_model='gpt2')),
+                                             ('siglip', dict(clip_weight=3.)), ('dino', dict(captions='no-text')),
+                                             ('dino', dict(vocab=2000)), ('hybrid', dict(unlocked=1)), ('clip-lm', dict(text_layers=4))])
 def test_settings_that_an_objective_has_no_use_for(top, objective, vain):
     with pytest.raises(SettingsError, match=f'{next(iter(vain))}: {objective} has no use for it'): pretrain(smoke(objective, **vain))
     assert not (top/'runs').exists()
@@ -124,12 +128,16 @@ def test_a_full_disk_loses_nothing(top):
 @pytest.mark.skipif(os.geteuid() == 0, reason='root may write anywhere')
 def test_a_folder_that_is_read_only(top):
     (top/'runs').mkdir(mode=0o500)
-    with pytest.raises(CannotWrite, match='runs/x can not be written: Permission denied. Nothing was lost; make it writable'): pretrain(smoke())
+    with pytest.raises(CannotWrite, match='runs/x can not be written: Permission denied. Nothing was lost; make it writable'):
+        pretrain(smoke())
 
 def test_a_name_that_is_too_long(top):
     with pytest.raises(CannotWrite, match='File name too long. Nothing was lost; give it a shorter name'): pretrain(smoke(name='x'*300))
 
-@pytest.mark.parametrize('start', (lambda: pretrain(smoke()), lambda: vlm.train_vlm(vlm.settings('smoke', encoder='random:clipdino_vit_smoke', name='x')), lambda: probe.probe(probe.settings('smoke', encoder='random:clipdino_vit_smoke', name='x')), lambda: analysis.analyse(analysis.settings('smoke', encoders='random:clipdino_vit_smoke,random:vit_tiny_patch16_224', name='x')),
+@pytest.mark.parametrize('start', (lambda: pretrain(smoke()),
+                                   lambda: vlm.train_vlm(vlm.settings('smoke', encoder='random:clipdino_vit_smoke', name='x')),
+                                   lambda: probe.probe(probe.settings('smoke', encoder='random:clipdino_vit_smoke', name='x')),
+                                   lambda: analysis.analyse(analysis.settings('smoke', encoders='random:clipdino_vit_smoke,random:vit_tiny_patch16_224', name='x')),
                                    lambda: vmcbench.evaluate(vmcbench.settings('smoke', vlm='untrained', name='x'))))
 def test_a_second_process_is_refused(top, start, monkeypatch):
     monkeypatch.setattr(core, 'FileLock', lambda path, timeout: FileLock(path, timeout=.1))
@@ -145,7 +153,8 @@ def test_a_run_that_another_process_ended_meanwhile_is_not_repeated(top):
 
 def test_collapse_is_said(tmp_path, capsys):
     "Uniform targets, one prototype for all, and a training that is well"
-    for k, (given, centre, message) in enumerate(((dict(teacher_temp=50., warmup_teacher_temp=50.), 0., 'the targets are uniform and the loss stands at ln(32) = 3.47'),
+    for k, (given, centre, message) in enumerate(((dict(teacher_temp=50., warmup_teacher_temp=50.), 0.,
+                                                   'the targets are uniform and the loss stands at ln(32) = 3.47'),
                                                  (dict(centre_momentum=1.), -100., 'all pictures go to one prototype'), ({}, 0., ''))):
         (tmp_path/f'{k}').mkdir()
         t = Trainer(smoke('dino', samples=320, save_every=1000, **given), tmp_path/f'{k}')

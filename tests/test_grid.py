@@ -99,7 +99,8 @@ def test_the_other_studies():
     for s, times in ('stage1', 1/8), ('stage2', 4):
         v = [j.run for j in of(s, seeds=1).values() if j.kind == 'vlm']
         assert [r.encoder for r in v] == ['clip-mini-s0', 'dino-mini-s0', 'random:clip-mini-s0'] and {getattr(r, f'{s}_samples') for r in v} == {times*getattr(g.vlm_settings('mini'), f'{s}_samples')}
-    assert set(llm) == {'clip-mini-s0', 'dino-mini-s0', 'lm-mini-wide', *(f'{s}vlm-{o}-mini-s0-world-wide' for o in ('clip', 'dino') for s in ('', 'score-'))}
+    assert set(llm) == {'clip-mini-s0', 'dino-mini-s0', 'lm-mini-wide',
+                        *(f'{s}vlm-{o}-mini-s0-world-wide' for o in ('clip', 'dino') for s in ('', 'score-'))}
     assert llm['lm-mini-wide'].run.width == 2*g.lm_settings('mini').width
     assert {(j.run.llm, j.run.template) for j in of('llm', preset='paper', given='pretrain.data=a.tar vlm.stage1_data=a.json vlm.stage2_data=b.json').values() if j.kind == 'vlm'} == {('Qwen/Qwen2-7B-Instruct', '')} and g.vlm_settings('paper').template == 'vicuna'
     shorter, = (j.run for j in of('compute', seeds=1).values() if j.kind == 'pretrain' and j.run.objective == 'dino')
@@ -118,9 +119,11 @@ def test_given():
     made = of('main', seeds=1, given='pretrain.data="a b/{0..9}.tar" vlm.lora=8 pretrain.lr=1e-4 vlm.llm=org/model')
     assert made['dino-mini-s0'].run.data == 'a b/{0..9}.tar' and made['dino-mini-s0'].run.lr == 1e-4
     assert made['vlm-dino-mini-s0-org-model'].run.lora == 8 and not any(j.kind == 'lm' for j in made.values())
-    for given, message in (('vlm.rank=8', 'no such setting: rank'), ('vlm.lora=x', 'must be int'), ('model.lora=8', 'is not KIND.SETTING=VALUE')):
+    for given, message in (('vlm.rank=8', 'no such setting: rank'), ('vlm.lora=x', 'must be int'),
+                           ('model.lora=8', 'is not KIND.SETTING=VALUE')):
         with pytest.raises(SettingsError, match=message): of('main', given=given)
-    with pytest.raises(SettingsError, match='vlm.stage1_data=... vlm.stage2_data=...'): of('main', 'paper', objectives='clip', given='pretrain.data=x.tar')
+    with pytest.raises(SettingsError, match='vlm.stage1_data=... vlm.stage2_data=...'):
+        of('main', 'paper', objectives='clip', given='pretrain.data=x.tar')
     with pytest.raises(SettingsError, match='can only be changed in the world'): of('captions', given='pretrain.data=x.tar')
     for given in 'pretrain.seed=5', 'probe.name=mine', 'pretrain.preset=mini':
         with pytest.raises(SettingsError, match='the grid itself says'): of('main', given=given)
@@ -130,7 +133,9 @@ def test_given_settings_go_to_objectives_that_have_them():
     made = of('main', seeds=1, objectives='clip,dino', kinds='pretrain', given='pretrain.momentum=.9 pretrain.vocab=2048 pretrain.lr=1e-4')
     assert {o: {k: v for k, v in made[f'{o}-mini-s0'].parameters.items() if k not in ('preset', 'objective', 'seed')} for o in ('clip', 'dino')} == dict(clip=dict(vocab=2048, lr=1e-4), dino=dict(momentum=.9, lr=1e-4))
 
-@pytest.mark.parametrize('wrong', [dict(studies='main,all'), dict(objectives='mae'), dict(kinds=''), dict(seeds=0), dict(first_seed=-1), dict(workers=-1), dict(preset='huge'), dict(sedes=1), dict(objectives='clip,clip'), dict(submit=True), dict(options='--x'), dict(given='a="b'), dict(slurm=True, options='--a="b')])
+@pytest.mark.parametrize('wrong', [dict(studies='main,all'), dict(objectives='mae'), dict(kinds=''), dict(seeds=0), dict(first_seed=-1),
+                                   dict(workers=-1), dict(preset='huge'), dict(sedes=1), dict(objectives='clip,clip'), dict(submit=True),
+                                   dict(options='--x'), dict(given='a="b'), dict(slurm=True, options='--a="b')])
 def test_wrong_grids_are_refused(wrong):
     with pytest.raises(SettingsError): settings(**wrong)
 
@@ -143,7 +148,8 @@ def test_a_row_that_was_left_unfinished(here):
     assert [(r['event'], r.get('why')) for r in g.events()] == [('skipped', None), ('failed', '0'), ('failed', '1')]
 
 def test_a_grid_without_runs(here):
-    with pytest.raises(SettingsError, match='stage1 has no runs of the kinds analysis'): run_grid(settings('smoke', studies='stage1', kinds='analysis'))
+    with pytest.raises(SettingsError, match='stage1 has no runs of the kinds analysis'):
+        run_grid(settings('smoke', studies='stage1', kinds='analysis'))
 
 # --- how far they have come
 
@@ -157,7 +163,8 @@ def begin(job, done=False, fingerprint='f', **changes):
 def test_states(here):
     made = of('main', 'smoke', seeds=1, objectives='clip')
     clip, probe, vlm, score = (made[f'{k}clip-smoke-s0'] for k in ('', 'probe-', 'vlm-', 'score-vlm-'))
-    assert set(states(list(made.values())).values()) - {'complete'} == {'new'} and list((here/'runs').iterdir()) == []  # the language model may be there
+    # the language model may be there
+    assert set(states(list(made.values())).values()) - {'complete'} == {'new'} and list((here/'runs').iterdir()) == []
     d = begin(clip)
     assert clip.state() == 'new'
     (d/'state-00000008.safetensors').touch()
@@ -198,20 +205,24 @@ def test_results_that_are_older_than_what_they_were_made_from(here):
 
 def test_no_multiple_is_taken_of_all_there_is():
     given = 'pretrain.data=a.tar vlm.stage1_data=a.json:b vlm.stage2_data=a.json:b'
-    with pytest.raises(SettingsError, match='stage1_samples=0 of the preset paper means all that there is'): jobs(settings('paper', studies='stage1', given=given))
+    with pytest.raises(SettingsError, match='stage1_samples=0 of the preset paper means all that there is'):
+        jobs(settings('paper', studies='stage1', given=given))
     v = [j.run for j in jobs(settings('paper', studies='stage1', seeds=1, given=f'{given} vlm.stage1_samples=80000')) if j.kind == 'vlm']
     assert {r.stage1_samples for r in v} == {10000}
 
 def row(seconds, before='new', what='clip', amount=128, threads=1, device='here', event='done'):
-    return dict(event=event, kind='pretrain', preset='smoke', what=what, amount=amount, threads=threads, device=device, seconds=seconds, before=before)
+    return dict(event=event, kind='pretrain', preset='smoke', what=what, amount=amount, threads=threads, device=device, seconds=seconds,
+                before=before)
 
 def test_speeds_are_of_this_device_where_it_is_known(monkeypatch):
     monkeypatch.setattr(g, 'device', lambda: 'here')
-    rows = [row(10.), row(30.), row(14.), row(1., before='started'), row(2., event='failed'), row(99., threads=2), row(98., amount=1024), row(5., device='there'), row(64., what='dino', device='there', threads=16)]
+    rows = [row(10.), row(30.), row(14.), row(1., before='started'), row(2., event='failed'), row(99., threads=2), row(98., amount=1024),
+            row(5., device='there'), row(64., what='dino', device='there', threads=16)]
     t = collect(rows)
     assert t.seconds.tolist() == [14., 99., 98., 5., 64.] and t.runs.tolist() == [3, 1, 1, 1, 1]
     known = speeds(1, t)
-    assert known == {('pretrain', 'smoke', 'clip'): [(128, 14/128, 'here'), (1024, 98/1024, 'here')], ('pretrain', 'smoke', 'dino'): [(128, .5, 'there')]}
+    assert known == {('pretrain', 'smoke', 'clip'): [(128, 14/128, 'here'), (1024, 98/1024, 'here')],
+                     ('pretrain', 'smoke', 'dino'): [(128, .5, 'there')]}
     made = jobs(settings('smoke', seeds=1, kinds='pretrain', given='pretrain.samples=256'))
     takes = expected(made, known)
     assert takes == {'clip-smoke-s0': (28., 'here'), 'dino-smoke-s0': (128., 'there')}, '256 is nearer to 128 than to 1024'
@@ -227,7 +238,8 @@ def test_the_table_that_comes_along():
 # --- one machine
 
 def test_each_after_what_it_needs_and_never_more_at_once_than_workers(here):
-    chain = [fake('a', code='time.sleep(.2)'), fake('b', code='time.sleep(.2)'), fake('c', 'a', code='time.sleep(.2)'), fake('d', 'a', 'b', code='time.sleep(.2)'), fake('e', 'c', 'd'), *(fake(f'x{i}', code='time.sleep(.1)') for i in range(4))]
+    chain = [fake('a', code='time.sleep(.2)'), fake('b', code='time.sleep(.2)'), fake('c', 'a', code='time.sleep(.2)'),
+             fake('d', 'a', 'b', code='time.sleep(.2)'), fake('e', 'c', 'd'), *(fake(f'x{i}', code='time.sleep(.1)') for i in range(4))]
     out = Engine(chain, workers(3))()
     assert sorted(out['done']) == sorted(j.name for j in chain) and out['failed'] == out['skipped'] == {}
     when = {(n[0], n[1]): i for i, n in enumerate(notes())}
@@ -240,7 +252,8 @@ def test_a_failure_takes_only_its_own_along(here, capsys):
     chain = [fake('a', code='raise ValueError("\\x1b[31mbroken\\x1b[0m")'), fake('b', 'a'), fake('c', 'b'), fake('d'), fake('e', 'd'),
              fake('k', code='os.kill(os.getpid(), 9)'), fake('n', code='os._exit(0)')]
     out = Engine(chain, workers(1))()
-    assert out == dict(done=['d', 'e'], failed=dict(a='ValueError: broken', k='killed by SIGKILL', n='it ended without a result'), skipped=dict(b='a', c='b'))
+    assert out == dict(done=['d', 'e'], failed=dict(a='ValueError: broken', k='killed by SIGKILL', n='it ended without a result'),
+                       skipped=dict(b='a', c='b'))
     assert told('start') == ['a', 'd', 'e', 'k', 'n']
     said = capsys.readouterr().out
     assert '2 of 7 runs done, 3 failed, 2 skipped' in said and 'a: ValueError: broken  (runs/a.log)' in said
@@ -278,7 +291,8 @@ def test_an_engine_that_is_interrupted_leaves_no_processes(here, sent):
     wait = '(d/"state-1").exists() or ((d/"state-1").touch(), time.sleep(60))'
     chain = [fake('a', code=wait), fake('b', code=deaf + wait), fake('c', 'a')]
     def engine():
-        for s in signal.SIGINT, signal.SIGTERM: signal.signal(s, signal.default_int_handler)  # as in the program, however the tests were started
+        for s in signal.SIGINT, signal.SIGTERM:
+            signal.signal(s, signal.default_int_handler)  # as in the program, however the tests were started
         Engine.grace = .5
         Engine(chain, workers(2))()
     p = process(target=engine)
@@ -350,7 +364,8 @@ def test_slurm_shows_its_commands_first(slurm, capsys):
     for j, args in zip(made, shown, strict=True):
         after = [f'--dependency=afterok:{":".join(ids[n] for n in j.needs if n in ids)}'] if any(n in ids for n in j.needs) else []
         assert [a for a in args if a.startswith('--dependency')] == after
-        assert {'--parsable', f'--job-name={j.name}', '--requeue', '--kill-on-invalid-dep=yes', '--gpus=1', '--comment=two words', f'--wrap={g.shlex.join(j.command)}'} <= set(args)
+        assert {'--parsable', f'--job-name={j.name}', '--requeue', '--kill-on-invalid-dep=yes', '--gpus=1', '--comment=two words',
+                f'--wrap={g.shlex.join(j.command)}'} <= set(args)
     assert submit(made, settings(**GRID)) == {n: str(int(i) + len(made)) for n, i in ids.items()}
     def without_ids(rows): return [[a for a in r if not a.startswith('--dependency')] for r in rows]
     assert without_ids(sent()[len(made):]) == without_ids(shown)  # what is shown is what is sent
@@ -367,7 +382,8 @@ def test_slurm_is_not_asked_twice(slurm, here):
 
 def test_slurm_that_refuses(slurm, monkeypatch):
     monkeypatch.setenv('FULL', '1')
-    with pytest.raises(SettingsError, match='sbatch refused dino-smoke-s0: sbatch: error: the queue is full'): run_grid(settings(**GRID, submit=True))
+    with pytest.raises(SettingsError, match='sbatch refused dino-smoke-s0: sbatch: error: the queue is full'):
+        run_grid(settings(**GRID, submit=True))
     Path('bin/squeue').unlink()
     with pytest.raises(SettingsError, match='there is no squeue here'): run_grid(settings(**GRID, submit=True))
 
@@ -392,14 +408,18 @@ def test_a_small_grid(here, monkeypatch, capsys):
     "All kinds of runs, by papermill; a second time there is nothing to do"
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     small = settings('smoke', seeds=1, objectives='clip')
-    made = [j for j in jobs(small) if j.name in ('clip-smoke-s0', 'lm-smoke', 'probe-random-clip-smoke-s0', 'analysis-clip-smoke-s0-random-clip-smoke-s0', 'vlm-clip-smoke-s0', 'score-vlm-clip-smoke-s0-blind')]
+    made = [j for j in jobs(small) if j.name in ('clip-smoke-s0', 'lm-smoke', 'probe-random-clip-smoke-s0',
+                                                 'analysis-clip-smoke-s0-random-clip-smoke-s0', 'vlm-clip-smoke-s0',
+                                                 'score-vlm-clip-smoke-s0-blind')]
     out = Engine(made, slots(2))()
     assert out['failed'] == out['skipped'] == {} and len(out['done']) == 6
     assert set(states(made).values()) == {'complete'} and json.loads((here/'runs/score-vlm-clip-smoke-s0-blind/result.json').read_text())['blind']
     assert set(collect().kind) >= set(KINDS) and all((here/f'runs/{n}.ipynb').exists() for n in out['done'] if n != 'lm-smoke')
-    assert {n for n, s in states(jobs(small)).items() if s == 'new'} == {'probe-clip-smoke-s0', 'vlm-random-clip-smoke-s0', 'score-vlm-clip-smoke-s0', 'score-vlm-random-clip-smoke-s0'}
+    assert {n for n, s in states(jobs(small)).items() if s == 'new'} == {'probe-clip-smoke-s0', 'vlm-random-clip-smoke-s0',
+                                                                         'score-vlm-clip-smoke-s0', 'score-vlm-random-clip-smoke-s0'}
 
 def test_a_grid_needs_a_clone(here):
     (here/'nbs').unlink()
-    with pytest.raises(SettingsError, match='a grid runs the notebooks of a clone of the repository, and .* is in none'): run_grid(settings('smoke'))
+    with pytest.raises(SettingsError, match='a grid runs the notebooks of a clone of the repository, and .* is in none'):
+        run_grid(settings('smoke'))
     assert not list((here/'runs').iterdir())

@@ -17,12 +17,14 @@ def made(folder):
     "All that a run leaves, without what was measured with a clock"
     d = folder/'runs/x'
     rows = [{k: v for k, v in r.items() if k not in ('seconds', 'images_per_s', 'waited')} for r in Metrics.read(d/'metrics.jsonl')]
-    result = {k: v for k, v in json.loads((d/'result.json').read_text()).items() if k not in ('images_per_s', 'waited', 'seconds_of_last_start', 'environment')}
+    result = {k: v for k, v in json.loads((d/'result.json').read_text()).items()
+              if k not in ('images_per_s', 'waited', 'seconds_of_last_start', 'environment')}
     return rows, result, [(d/f).read_bytes() for f in ('model.safetensors', 'objective.safetensors', 'config.json', 'bad.jsonl')], sorted(p.name for p in d.iterdir())
 
 def lines(folder): return len(Metrics.read(folder/'runs/x/metrics.jsonl'))
 
-CASES = dict(clip=dict(objective='clip', probes=2, micro=5), dino=dict(objective='dino', drop_path=.2), siglip=dict(objective='siglip', data='shards'), lm=dict(objective='clip-lm', data='shards', micro=8, samples=1600))
+CASES = dict(clip=dict(objective='clip', probes=2, micro=5), dino=dict(objective='dino', drop_path=.2),
+             siglip=dict(objective='siglip', data='shards'), lm=dict(objective='clip-lm', data='shards', micro=8, samples=1600))
 
 OWN = os.environ.get('CLIPDINO_SHARDS')  # of your own, to run the test on them too
 if OWN: CASES |= {f'own_{o}': dict(objective=o, data=OWN) for o in OBJECTIVES}
@@ -41,7 +43,8 @@ def test_killed_at_random_moments(tmp_path, case):
     start(run, tmp_path/'straight', given).join()
     for kill in range(12):
         before, more = lines(tmp_path/'killed'), chance.randrange(5)
-        p = start(run, tmp_path/'killed', dict(given, workers=chance.choice((0, 1, 2)) if case in ('dino', 'siglip', 'own_clip', 'own_dino') else 0))
+        p = start(run, tmp_path/'killed',
+                  dict(given, workers=chance.choice((0, 1, 2)) if case in ('dino', 'siglip', 'own_clip', 'own_dino') else 0))
         while p.is_alive() and lines(tmp_path/'killed') < before + more: time.sleep(.002)
         time.sleep(chance.random()*(.05 if more else .5))
         os.kill(p.pid, chance.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)))
@@ -52,7 +55,8 @@ def test_killed_at_random_moments(tmp_path, case):
     assert p.exitcode == 0 and made(tmp_path/'killed') == made(tmp_path/'straight')
     rows = made(tmp_path/'straight')[0]
     assert [r['step'] for r in rows if 'loss' in r] == list(range(1, given['samples']//16 + 1))
-    if case in ('siglip', 'lm'): assert made(tmp_path/'straight')[1]['data']['bad'] == {'undecodable image': len((tmp_path/'straight/runs/x/bad.jsonl').read_text().splitlines())}
+    if case in ('siglip', 'lm'):
+        assert made(tmp_path/'straight')[1]['data']['bad'] == {'undecodable image': len((tmp_path/'straight/runs/x/bad.jsonl').read_text().splitlines())}
 
 def test_killed_while_a_state_is_written(tmp_path):
     "Large states, and the process killed when one is half there"
@@ -65,7 +69,9 @@ def test_killed_while_a_state_is_written(tmp_path):
     for kill in range(4):
         p, d = start(run, tmp_path/'killed', given), tmp_path/'killed/runs/x'
         done = {s.name for s in d.glob('state-*')} if kill else set()
-        while p.is_alive() and not (d.is_dir() and any(f.startswith('.state') and f[1:].split('.')[0] + '.safetensors' not in done for f in os.listdir(d))): pass
+        while p.is_alive() and not (d.is_dir() and any(f.startswith('.state') and f[1:].split('.')[0] + '.safetensors' not in done
+                                                       for f in os.listdir(d))):
+            pass
         p.kill()
         p.join()
         halves += any(f.startswith('.state') for f in os.listdir(d))

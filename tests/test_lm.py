@@ -78,8 +78,10 @@ def test_a_gradient_that_is_not_finite_stops_it_before_it_is_saved(tmp_path, mon
         return model
     with monkeypatch.context() as m:
         m.setattr('clipdino.lm.small_model', broken)
-        with pytest.raises(SettingsError, match='does not train: its gradient is not finite at step 1'): train_small(run, tokenizer, folder=tmp_path, every=1)
-    assert not list(tmp_path.iterdir()) and all(v.isfinite().all() for v in train_small(run, tokenizer, folder=tmp_path, every=7).state_dict().values())
+        with pytest.raises(SettingsError, match='does not train: its gradient is not finite at step 1'):
+            train_small(run, tokenizer, folder=tmp_path, every=1)
+    assert not list(tmp_path.iterdir()) and all(v.isfinite().all()
+                                                for v in train_small(run, tokenizer, folder=tmp_path, every=7).state_dict().values())
 
 def test_killed_while_it_is_written(tmp_path, made):
     "What was begun is no model, and is cleared away"
@@ -132,7 +134,8 @@ def test_a_turn_says_how_it_is_to_be_answered(rows):
 
 def text_of(r, n=40):
     "Characters of all planes, with the marks of the template among them"
-    pieces = [chr(c) for c in (r.choice((r.randrange(32, 127), r.randrange(160, 0xd800), r.randrange(0xe000, 0x110000), 10, 9, 32)) for _ in range(n))]
+    pieces = [chr(c) for c in (r.choice((r.randrange(32, 127), r.randrange(160, 0xd800), r.randrange(0xe000, 0x110000), 10, 9, 32))
+                               for _ in range(n))]
     return ''.join(r.choice(pieces) if r.random() < .9 else r.choice((MARK, '<|user|>', '\nA.', ' umbrella', '\r\n')) for _ in range(n))
 
 def test_any_text_goes_through_the_tokenizer_and_back(tokenizer):
@@ -163,8 +166,10 @@ def test_the_model_begins_as_its_seed_says(tokenizer):
 def test_batches(tokenizer):
     "Every document once; what is answered counts ten times as much as the rest, and padding nothing"
     run, form = SmallLM.make(SIZES, 'smoke'), Form(tokenizer)
-    seen = [(tuple(i[w > 0].tolist()), tuple((w[w > 0] == 1).tolist())) for ids, weights in batches(run, form) for i, w in zip(ids, weights)]
-    assert sorted(seen) == sorted((tuple(ids.tolist()), tuple(loss.tolist())) for ids, loss in form([(d, False) for d in Documents(0, run.docs//8)(range(run.docs))]))
+    seen = [(tuple(i[w > 0].tolist()), tuple((w[w > 0] == 1).tolist())) for ids, weights in batches(run, form)
+            for i, w in zip(ids, weights)]
+    assert sorted(seen) == sorted((tuple(ids.tolist()), tuple(loss.tolist()))
+                                  for ids, loss in form([(d, False) for d in Documents(0, run.docs//8)(range(run.docs))]))
     assert {float(v) for _, weights in batches(run, form) for v in weights.unique()} == {0., float(np.float32(.1)), 1.}
 
 def test_it_opens_as_any_other(made, tokenizer):

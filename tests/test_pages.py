@@ -23,7 +23,8 @@ PAGES = 'README.md', 'nbs/index.ipynb', 'nbs/reproduce.ipynb', 'nbs/extend.ipynb
 def prose(path:Path)->str:
     "The text of a page, without the code that it runs"
     text = path.read_text()
-    return text if path.suffix == '.md' else '\n\n'.join(''.join(c['source']) for c in json.loads(text)['cells'] if c['cell_type'] == 'markdown')
+    return text if path.suffix == '.md' else '\n\n'.join(''.join(c['source'])
+                                                         for c in json.loads(text)['cells'] if c['cell_type'] == 'markdown')
 
 def commands(text:str)->list: # -> words of each
     "Every command in blocks of code and in code within a line"
@@ -66,7 +67,8 @@ def check_run(run):
     if isinstance(run, pretrain.Pretrain):
         assert run.data == 'world' or all(p.endswith('.tar') or '/' in p for p in _parts(run.data)), run.data
         if run.probe_data: split_spec(run.probe_data)
-    if isinstance(run, vmcbench.Score) and run.questions.startswith('vmcbench'): assert run.questions.split(':')[1] in SPLIT_FILES, run.questions
+    if isinstance(run, vmcbench.Score) and run.questions.startswith('vmcbench'):
+        assert run.questions.split(':')[1] in SPLIT_FILES, run.questions
     encoder = getattr(run, 'encoder', '')
     assert ':' not in encoder or encoder.partition(':')[0] in SCHEMES, encoder
 
@@ -87,18 +89,24 @@ def test_the_pages_have_a_command_for_every_kind_of_run():
     assert {w[1] for w in found if w[0] == '-m'} == {f'clipdino.{m}' for m in (*MODULES, 'study')}
 
 @pytest.mark.parametrize('command, said', [
-    ('papermill nbs/02_pretrain.ipynb runs/x.ipynb -p objectiv clip', 'did you mean objective'), ('papermill nbs/02_pretrain.ipynb runs/x.ipynb -p lr fast', 'must be float'), ('papermill nbs/08_x.ipynb runs/x.ipynb', ''),
-    ('papermill nbs/03_probe.ipynb runs/x.ipynb -p data imagnet:data/x', 'did you mean imagenet'), ('papermill nbs/05_vlm.ipynb runs/x.ipynb -p stage1_data list.json', 'neither world nor JSON:FOLDER'),
-    ('papermill nbs/06_vmcbench.ipynb runs/x.ipynb -p questions vmcbench:train', ''), ('papermill nbs/02_pretrain.ipynb -p seed 1', ''), ('papermill nbs/05_vlm.ipynb runs/x.ipynb -p encoder openclip:ViT-B-16/openai', ''),
-    ('accelerate launch -m clipdino.pretrain --objectives clip', ''), ('python -m clipdino.grid --preset large', 'is not one of smoke'), ('python -m clipdino.grid --preset paper', 'has no data of its own'),
-    ('python -m clipdino.grid --given "vlm.lora=many"', 'must be int'), ('accelerate launch -m clipdino.vlm --preset paper', 'as JSON:FOLDER')])
+    ('papermill nbs/02_pretrain.ipynb runs/x.ipynb -p objectiv clip', 'did you mean objective'),
+    ('papermill nbs/02_pretrain.ipynb runs/x.ipynb -p lr fast', 'must be float'), ('papermill nbs/08_x.ipynb runs/x.ipynb', ''),
+    ('papermill nbs/03_probe.ipynb runs/x.ipynb -p data imagnet:data/x', 'did you mean imagenet'),
+    ('papermill nbs/05_vlm.ipynb runs/x.ipynb -p stage1_data list.json', 'neither world nor JSON:FOLDER'),
+    ('papermill nbs/06_vmcbench.ipynb runs/x.ipynb -p questions vmcbench:train', ''), ('papermill nbs/02_pretrain.ipynb -p seed 1', ''),
+    ('papermill nbs/05_vlm.ipynb runs/x.ipynb -p encoder openclip:ViT-B-16/openai', ''),
+    ('accelerate launch -m clipdino.pretrain --objectives clip', ''), ('python -m clipdino.grid --preset large', 'is not one of smoke'),
+    ('python -m clipdino.grid --preset paper', 'has no data of its own'),
+    ('python -m clipdino.grid --given "vlm.lora=many"', 'must be int'),
+    ('accelerate launch -m clipdino.vlm --preset paper', 'as JSON:FOLDER')])
 def test_wrong_commands_are_noticed(command, said):
     (words,) = commands(f'text\n\n```sh\n{command}\n```\n')
     with pytest.raises((SettingsError, AssertionError, TypeError), match=re.escape(said) or None): check(words)
 
 def test_commands_are_found_wherever_they_stand():
     text = 'a `papermill nbs/02_pretrain.ipynb runs/a.ipynb` and\n\n```sh\npip install x && CLIPDINO_PLUGINS=y papermill nbs/03_probe.ipynb \\\n  runs/b.ipynb\naccelerate launch -m clipdino.vlm --preset mini\n```\n'
-    assert [w[:3] for w in commands(text)] == [['papermill', 'nbs/03_probe.ipynb', 'runs/b.ipynb'], ['-m', 'clipdino.vlm', '--preset'], ['papermill', 'nbs/02_pretrain.ipynb', 'runs/a.ipynb']]
+    assert [w[:3] for w in commands(text)] == [['papermill', 'nbs/03_probe.ipynb', 'runs/b.ipynb'], ['-m', 'clipdino.vlm', '--preset'],
+                                               ['papermill', 'nbs/02_pretrain.ipynb', 'runs/a.ipynb']]
 
 def test_the_reference_is_of_this_code():
     cells = json.loads((root/'nbs/reference.ipynb').read_text())['cells']
@@ -111,7 +119,8 @@ def test_the_reference_is_of_this_code():
         m = importlib.import_module(f'clipdino.{p.stem}')
         part = re.search(rf'^## clipdino\.{p.stem}$.*?(?=^## |\Z)', made, re.M | re.S)[0]
         there = set(re.findall(r'^(?:def|class) (\w+)', part, re.M))
-        assert there == {n for n in m.__all__ if (isclass(v := getattr(m, n)) or isfunction(getattr(v, '__wrapped__', v))) and v.__module__ == m.__name__}
+        assert there == {n for n in m.__all__ if (isclass(v := getattr(m, n)) or isfunction(getattr(v, '__wrapped__', v)))
+                         and v.__module__ == m.__name__}
 
 def test_objectives_from_elsewhere(tmp_path, monkeypatch, capsys):
     "The class on the page on extending as a plugin: trained by the program; its encoder opens where nobody knows the objective"
@@ -119,7 +128,8 @@ def test_objectives_from_elsewhere(tmp_path, monkeypatch, capsys):
     (tmp_path/'simclr.py').write_text(source)
     with pytest.raises(SettingsError, match='is not one of clip'): pretrain.settings('smoke', objective='simclr')
     env = dict(os.environ, PYTHONPATH=f'{tmp_path}{os.pathsep}{root}', CLIPDINO_PLUGINS='simclr')
-    p = subprocess.run([sys.executable, '-m', 'clipdino.pretrain', *'--objective simclr --preset smoke --samples 32 --probes 0'.split()], cwd=tmp_path, env=env, capture_output=True, text=True)
+    p = subprocess.run([sys.executable, '-m', 'clipdino.pretrain', *'--objective simclr --preset smoke --samples 32 --probes 0'.split()],
+                       cwd=tmp_path, env=env, capture_output=True, text=True)
     folder = tmp_path/'runs'/'simclr-smoke-s0'
     assert p.returncode == 0 and (folder/'result.json').exists(), p.stderr
     capsys.readouterr()
@@ -127,10 +137,12 @@ def test_objectives_from_elsewhere(tmp_path, monkeypatch, capsys):
     assert e.dim == 32 and not e.has_text and 'the objective simclr is not known here, so that a text tower, if there is one, is not read' in capsys.readouterr().out
     assert load_encoder(f'random:{folder}').fingerprint != e.fingerprint
     assert json.loads((folder/'result.json').read_text())['environment']['plugins'] == dict(simclr=digest((tmp_path/'simclr.py').read_bytes()))
-    def importing(plugins, first): return subprocess.run([sys.executable, '-c', f'import clipdino.{first}; from clipdino.core import load_plugins; load_plugins(); from clipdino.objectives import OWN; print(list(OWN))'], cwd=tmp_path, env=dict(env, CLIPDINO_PLUGINS=plugins), capture_output=True, text=True)
+    def importing(plugins, first):
+        return subprocess.run([sys.executable, '-c', f'import clipdino.{first}; from clipdino.core import load_plugins; load_plugins(); from clipdino.objectives import OWN; print(list(OWN))'], cwd=tmp_path, env=dict(env, CLIPDINO_PLUGINS=plugins), capture_output=True, text=True)
     for first in 'pretrain', 'objectives', 'encoders': assert importing('simclr', first).stdout == "['simclr']\n", first
     (tmp_path/'late.py').write_text('from clipdino.probe import device_of')  # which itself needs all of pre-training
     assert importing('late', 'encoders').returncode == 0
-    for wrong in 'simclr.py', 'nothing', 'clipdino.nothing.at_all', './simclr.py': assert f'CLIPDINO_PLUGINS names {wrong}, and no such module is found' in importing(wrong, 'pretrain').stderr
+    for wrong in 'simclr.py', 'nothing', 'clipdino.nothing.at_all', './simclr.py':
+        assert f'CLIPDINO_PLUGINS names {wrong}, and no such module is found' in importing(wrong, 'pretrain').stderr
     monkeypatch.setitem(pretrain.OWN, 'simclr', Own(make=None, views=None, joint=True))
     assert load_encoder(str(folder)).has_text and not capsys.readouterr().out  # as it says of itself where it is known

@@ -48,7 +48,8 @@ def test_a_run_that_was_cut_before_its_first_state_begins_again(tmp_path):
 
 @pytest.mark.parametrize('objective', ['clip', 'dino'])
 def test_views_made_by_workers_are_the_same(tmp_path, objective):
-    a, b = (trained(smoke(objective, 'x', **given), tmp_path/f'{i}') for i, given in enumerate((dict(), dict(augment='workers', workers=2))))
+    a, b = (trained(smoke(objective, 'x', **given), tmp_path/f'{i}')
+            for i, given in enumerate((dict(), dict(augment='workers', workers=2))))
     assert [r['loss'] for r in a.metrics.rows()] == [r['loss'] for r in b.metrics.rows()]
 
 def test_seeds_differ_and_repeat(tmp_path):
@@ -63,9 +64,11 @@ def test_the_exported_encoder_is_the_trained_one(tmp_path, objective):
     finish(t, {}, 0.)
     x = torch.rand(3, 3, 32, 32)
     out = open_encoder(tmp_path)
-    assert out.state_dict().keys() == t.encoder.state_dict().keys() and all(torch.equal(v, t.encoder.state_dict()[k]) for k, v in out.state_dict().items())
+    assert out.state_dict().keys() == t.encoder.state_dict().keys() and all(torch.equal(v, t.encoder.state_dict()[k])
+                                                                            for k, v in out.state_dict().items())
     with torch.no_grad(): torch.testing.assert_close(out(x), t.encoder.eval()(x))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['bad.jsonl', 'config.json', 'metrics.jsonl', 'model.safetensors', 'objective.safetensors', 'result.json', 'settings.json']
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['bad.jsonl', 'config.json', 'metrics.jsonl', 'model.safetensors',
+                                                          'objective.safetensors', 'result.json', 'settings.json']
 
 @pytest.mark.parametrize('harm', ['flip', 'truncate'])
 def test_a_damaged_state_is_passed_over(tmp_path, harm, capsys):
@@ -91,7 +94,8 @@ def test_other_settings_are_refused(tmp_path):
     run = smoke('clip', 'x')
     t = trained(run, tmp_path)
     check_settings(tmp_path, replace(run, workers=3), t.source.fingerprint)  # changes nothing in what a run ends with
-    with pytest.raises(SettingsError, match='was begun with other settings: lr was 0.001 and is now 0.1'): check_settings(tmp_path, replace(run, lr=.1), t.source.fingerprint)
+    with pytest.raises(SettingsError, match='was begun with other settings: lr was 0.001 and is now 0.1'):
+        check_settings(tmp_path, replace(run, lr=.1), t.source.fingerprint)
 
 def test_another_precision_is_refused(tmp_path, monkeypatch):
     "As of a run that began on a GPU with bf16; a run that is older than the note goes on"
@@ -101,7 +105,8 @@ def test_another_precision_is_refused(tmp_path, monkeypatch):
     assert new['environment'].pop('precision') == 'fp32'
     with monkeypatch.context() as m:
         m.setattr('clipdino.pretrain.precision_of', lambda run: 'bf16')
-        with pytest.raises(SettingsError, match='was begun in fp32 and would go on in bf16 here; continue it on one like the first'): Trainer(run, tmp_path, acc)
+        with pytest.raises(SettingsError, match='was begun in fp32 and would go on in bf16 here; continue it on one like the first'):
+            Trainer(run, tmp_path, acc)
         write_json(note, new)
         assert Trainer(run, tmp_path, acc).step == 2
     result = finish(trained(run, tmp_path), {}, 0.)
@@ -139,7 +144,8 @@ def test_dino_teacher_centre_and_schedules(tmp_path):
         with torch.no_grad(): mean = o.teacher_head(o.teacher(batch['views'][0])).mean(0)
         t.update(batch)
         m = cosine(.9, 1., (k + 1)/run.steps)
-        for p, old, s in zip(o.teacher.parameters(), teacher, o.encoder.parameters()): torch.testing.assert_close(p.data, m*old + (1 - m)*s.data)
+        for p, old, s in zip(o.teacher.parameters(), teacher, o.encoder.parameters()):
+            torch.testing.assert_close(p.data, m*old + (1 - m)*s.data)
         torch.testing.assert_close(o.centre, .8*centre + .2*mean)
         assert torch.equal(o.head.last, last)  # frozen
         assert o.temp.item() == pytest.approx(.02 + .02*min(2*k/run.steps, 1))
@@ -177,8 +183,11 @@ def test_hybrid_logs_both_losses_and_their_weighted_sum(tmp_path):
     for row in trained(smoke('hybrid', 'x', clip_weight=.3, dino_weight=2.), tmp_path).metrics.rows():
         assert row['loss'] == pytest.approx(.3*row['loss_clip'] + 2*row['loss_dino'], rel=1e-5) and row['loss_dino'] == pytest.approx(row['entropy'] + row['kl'], rel=1e-5)
 
-@pytest.mark.parametrize('given,message', [(dict(clip_weight=-.1), 'clip_weight=-0.1 must be at least 0'), (dict(dino_weight=-1.), 'dino_weight=-1.0 must be at least 0'), (dict(dino_weight=float('nan')), 'dino_weight=nan must be a finite'),
-                                           (dict(clip_weight=0., dino_weight=0.), 'clip_weight and dino_weight are both 0'), (dict(local_size=12), 'local_size=12 must be a multiple of the patch size')])
+@pytest.mark.parametrize('given,message', [(dict(clip_weight=-.1), 'clip_weight=-0.1 must be at least 0'),
+                                           (dict(dino_weight=-1.), 'dino_weight=-1.0 must be at least 0'),
+                                           (dict(dino_weight=float('nan')), 'dino_weight=nan must be a finite'),
+                                           (dict(clip_weight=0., dino_weight=0.), 'clip_weight and dino_weight are both 0'),
+                                           (dict(local_size=12), 'local_size=12 must be a multiple of the patch size')])
 def test_settings_that_hybrid_refuses(given, message):
     with pytest.raises(SettingsError, match=message): settings('smoke', 'hybrid', **given)
 

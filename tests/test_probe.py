@@ -90,7 +90,8 @@ def test_features_are_stale_when_anything_differs(what):
         for b in e.model.blocks: b.mlp.act = torch.nn.Tanh()  # as QuickGELU for GELU: the weights are the same
     assert not np.allclose(probe.features(e, s, layer=layer), x) and len(files()) == 2
 
-@pytest.mark.parametrize('damage', [lambda p: p.write_bytes(p.read_bytes()[:-100]), lambda p: p.write_bytes(b''), lambda p: p.write_bytes(b'noise'*40)])
+@pytest.mark.parametrize('damage', [lambda p: p.write_bytes(p.read_bytes()[:-100]), lambda p: p.write_bytes(b''),
+                                    lambda p: p.write_bytes(b'noise'*40)])
 def test_damaged_features_are_made_again(damage):
     e, s = load_encoder(ENCODER), Set()
     x = np.array(probe.features(e, s))
@@ -107,13 +108,15 @@ def test_features_that_are_not_finite_are_refused_and_not_kept():
         if len(calls) == 2: cls[3] = torch.nan
         return [(cls, torch.ones(len(x), 4, 8))]
     e.tokens = tokens
-    with pytest.raises(SettingsError, match='features of picture 19 of some are not finite under random:clipdino_vit_smoke'): probe.features(e, s, batch=16)
+    with pytest.raises(SettingsError, match='features of picture 19 of some are not finite under random:clipdino_vit_smoke'):
+        probe.features(e, s, batch=16)
     assert files() == []
 
 def test_a_full_or_read_only_cache_says_so(monkeypatch, tmp_path):
     e, s = load_encoder(ENCODER), Set()
     monkeypatch.setattr(shutil, 'disk_usage', lambda p: shutil._ntuple_diskusage(10, 9, 1 << 20))
-    with pytest.raises(SettingsError, match='the features need 0 MiB, and 1 MiB are free; set CLIPDINO_CACHE to a roomier folder'): probe.features(e, s)
+    with pytest.raises(SettingsError, match='the features need 0 MiB, and 1 MiB are free; set CLIPDINO_CACHE to a roomier folder'):
+        probe.features(e, s)
     assert files() == []
     monkeypatch.undo()
     monkeypatch.setenv('CLIPDINO_CACHE', str(tmp_path/'cache'))
@@ -126,7 +129,8 @@ def test_a_full_or_read_only_cache_says_so(monkeypatch, tmp_path):
     assert probe.features(e, s).shape == (40, 2, 32)
     (tmp_path/'file').touch()
     monkeypatch.setenv('CLIPDINO_CACHE', str(tmp_path/'file'))
-    with pytest.raises(CannotWrite, match='file can not be written: File exists. Nothing was lost; move what is in its way'): probe.features(e, s)
+    with pytest.raises(CannotWrite, match='file can not be written: File exists. Nothing was lost; move what is in its way'):
+        probe.features(e, s)
     monkeypatch.setenv('CLIPDINO_CACHE', str(tmp_path/'cache'))
     if os.geteuid() == 0: pytest.skip('root may write anywhere')
     (tmp_path/'cache'/'features').chmod(0o500)
@@ -152,7 +156,8 @@ assert x.nbytes == 400_000_000 and x[777, 0, 3] == 777 % 256
 print(anonymous() - before)
 '''
     if not Path('/proc/self/status').exists(): pytest.skip('memory is read from /proc')
-    grown = int(subprocess.run([sys.executable, '-c', script], check=True, capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=str(Path(probe.__file__).parent.parent))).stdout)
+    grown = int(subprocess.run([sys.executable, '-c', script], check=True, capture_output=True, text=True,
+                               env=dict(os.environ, PYTHONPATH=str(Path(probe.__file__).parent.parent))).stdout)
     assert grown < 40_000, f'{grown} kB'
 
 # probing runs
@@ -161,12 +166,14 @@ def test_a_probing_run_on_the_world(capsys):
     pretrain(pretrain_settings('smoke', 'clip', name='c'))
     a = probe.probe(probe.settings('smoke', encoder='c', authors=True))
     t = a['tasks']
-    assert {'object', 'word', 'colour', 'background', 'texture', 'style', 'count', 'position', 'within families', 'within chess', 'maps of world'} <= set(t)
+    assert {'object', 'word', 'colour', 'background', 'texture', 'style', 'count', 'position', 'within families', 'within chess',
+            'maps of world'} <= set(t)
     assert {'linear', 'linear_cls', 'authors', 'knn', 'zero_shot', 'tried'} <= set(t['object']) and t['position']['few_shot'].keys() >= {'1', '2'}
     for r in t.values():
         for how in ('linear', 'knn', 'zero_shot'):
             if how in r: assert r[how]['interval'][0] <= r[how]['top1'] <= r[how]['interval'][1] and 0 < r[how]['chance'] < 1
-    assert t['within families']['linear']['pictures'] == sum(r['linear']['pictures'] for n, r in t.items() if n.startswith('within ') and n != 'within families')
+    assert t['within families']['linear']['pictures'] == sum(r['linear']['pictures']
+                                                             for n, r in t.items() if n.startswith('within ') and n != 'within families')
     assert t['style']['linear']['pictures'] % 6 == 0
     with np.load('runs/probe-c/right.npz') as f: assert abs(f['object/linear'].mean() - t['object']['linear']['top1']) < 1e-6
     b = probe.probe(probe.settings('smoke', encoder='random:c', name='b', against='probe-c'))
@@ -175,7 +182,8 @@ def test_a_probing_run_on_the_world(capsys):
     before = Path('runs/probe-c/result.json').read_bytes()
     assert probe.probe(probe.settings('smoke', encoder='c', authors=True)) == a and 'is complete' in capsys.readouterr().out
     assert probe.probe(probe.settings('smoke', encoder='c', name='probe-c', authors=True)) == a, 'the name that it has anyway'
-    with pytest.raises(SettingsError, match='begun with other settings: train was 96 and is now 128'): probe.probe(probe.settings('smoke', encoder='c', authors=True, train=128))
+    with pytest.raises(SettingsError, match='begun with other settings: train was 96 and is now 128'):
+        probe.probe(probe.settings('smoke', encoder='c', authors=True, train=128))
     shutil.rmtree('runs/probe-c')
     again = probe.probe(probe.settings('smoke', encoder='c', authors=True))
     assert {k: v for k, v in again.items() if k != 'environment'} == {k: v for k, v in a.items() if k != 'environment'}
@@ -196,10 +204,12 @@ def test_folders_shifted_sets_and_maps(tmp_path):
             y = np.kron(g.integers(0, 2, (4, 4)), np.ones((8, 8))).astype(np.uint8)
             Image.fromarray((y*200)[..., None].repeat(3, 2)).save(tmp_path/'m'/'images'/split/f'{i}.png')
             Image.fromarray(y).save(tmp_path/'m'/'labels'/split/f'{i}.png')
-    r = probe.probe(probe.settings('smoke', encoder=ENCODER, data=f'{tmp_path}/mine, cifar10:{tmp_path}/c10, cifar10.1:{tmp_path}/c101, maps:{tmp_path}/m'))['tasks']
+    r = probe.probe(probe.settings('smoke', encoder=ENCODER,
+                                   data=f'{tmp_path}/mine, cifar10:{tmp_path}/c10, cifar10.1:{tmp_path}/c101, maps:{tmp_path}/m'))['tasks']
     assert r['mine']['linear']['top1'] > .9 and r['cifar10.1']['linear']['pictures'] == 12 and r['cifar10.1']['linear']['setting'] == r['cifar10']['linear']['setting']
     assert r['maps of m']['miou'] > r['maps of m']['constant'] + .2
-    with pytest.raises(SettingsError, match='scored with the probe of cifar10: put cifar10:PATH before it'): probe.probe(probe.settings('smoke', encoder=ENCODER, name='b', data=f'cifar10.1:{tmp_path}/c101'))
+    with pytest.raises(SettingsError, match='scored with the probe of cifar10: put cifar10:PATH before it'):
+        probe.probe(probe.settings('smoke', encoder=ENCODER, name='b', data=f'cifar10.1:{tmp_path}/c101'))
 
 @pytest.mark.parametrize('train', [5, 17])
 def test_few_pictures_per_class(tmp_path, train):
@@ -221,14 +231,16 @@ def test_few_pictures_per_class(tmp_path, train):
     (dict(encoder=ENCODER, against='nothing'), 'nothing is no finished probing run')])
 def test_what_a_probing_run_refuses(given, said, capsys):
     with pytest.raises(SettingsError, match=said): probe.probe(probe.settings('smoke', **given))
-    assert not list(Path('.').glob('runs/*/result.json')) and not Path('runs/nothing').exists() and not capsys.readouterr().out  # before anything is computed
+    # before anything is computed
+    assert not list(Path('.').glob('runs/*/result.json')) and not Path('runs/nothing').exists() and not capsys.readouterr().out
 
 def test_sets_of_ones_own_may_be_called_as_the_worlds_are(tmp_path):
     "But not beside it"
     for name in 'world', 'object': picture_folder(tmp_path/name)
     r = probe.probe(probe.settings('smoke', encoder=ENCODER, data=f'{tmp_path}/world, {tmp_path}/object'))['tasks']
     assert list(r) == ['world', 'object'] and r['world']['linear']['pictures'] == r['object']['linear']['pictures'] == 24
-    with pytest.raises(SettingsError, match='object is the name of a task of the world too'): probe.probe(probe.settings('smoke', encoder=ENCODER, name='b', data=f'{tmp_path}/object, world'))
+    with pytest.raises(SettingsError, match='object is the name of a task of the world too'):
+        probe.probe(probe.settings('smoke', encoder=ENCODER, name='b', data=f'{tmp_path}/object, world'))
 
 def test_a_mistake_can_be_mended_under_the_same_name(tmp_path):
     picture_folder(tmp_path/'mine')
@@ -247,7 +259,8 @@ def test_other_pictures_under_the_same_path(tmp_path, monkeypatch):
     picture_folder(tmp_path/'mine', classes=4)
     with pytest.raises(SettingsError, match='the data or models that it reads are others now'): probe.probe(run)
     monkeypatch.setattr(probe, 'probe_all', None)
-    with pytest.raises(SettingsError, match='x has no task with the same test pictures'): probe.probe(probe.settings('smoke', encoder=ENCODER, name='y', data=run.data, against='x'))
+    with pytest.raises(SettingsError, match='x has no task with the same test pictures'):
+        probe.probe(probe.settings('smoke', encoder=ENCODER, name='y', data=run.data, against='x'))
 
 def test_settings_of_other_data():
     with pytest.raises(SettingsError, match='limit=5 is for sets other than the world'): probe.settings('smoke', limit=5)
@@ -255,24 +268,28 @@ def test_settings_of_other_data():
 
 @pytest.mark.parametrize('device', ['gpu0', 'cuda:99', 'meta', 'hpu'])
 def test_a_device_that_is_not_there(device):
-    with pytest.raises(SettingsError, match=f'device={device} can not be used here (.*): give cpu'): probe.probe(probe.settings('smoke', encoder=ENCODER, device=device))
+    with pytest.raises(SettingsError, match=f'device={device} can not be used here (.*): give cpu'):
+        probe.probe(probe.settings('smoke', encoder=ENCODER, device=device))
 
 def test_a_folder_of_another_kind_is_left_alone():
     "A pre-training that was cut, whose states would bind a run of its name"
     write_json(note := run_dir('cut')/'settings.json', dict(objective='clip', preset='smoke', fingerprint='f'))
     before = note.read_bytes()
     for go, run in (probe.probe, probe.settings('smoke', encoder=ENCODER, name='cut')), (analysis.analyse, analysis.settings('smoke', encoders=f'{ENCODER},random:clipdino_vit_mini', name='cut')):
-        with pytest.raises(SettingsError, match='cut is a run of pretrain, and not of (probe|analysis): give this one another name'): go(run)
+        with pytest.raises(SettingsError, match='cut is a run of pretrain, and not of (probe|analysis): give this one another name'):
+            go(run)
         assert note.read_bytes() == before
 
 def test_an_analysis_of_pictures_that_share_no_class(tmp_path):
     picture_folder(tmp_path/'mine', classes=12, train=2, test=1)
-    r = analysis.analyse(analysis.settings('smoke', encoders=f'{ENCODER},random:clipdino_vit_mini', name='a', data=str(tmp_path/'mine'), pictures=12, pairs=1))
+    r = analysis.analyse(analysis.settings('smoke', encoders=f'{ENCODER},random:clipdino_vit_mini', name='a', data=str(tmp_path/'mine'),
+                                           pictures=12, pairs=1))
     assert 'uniformity' in str(r['structure']) and 'within' not in str(r['structure'])
 
 def test_one_class_is_refused(tmp_path):
     picture_folder(tmp_path/'one', classes=1)
-    with pytest.raises(SettingsError, match='a probe takes at least two'): probe.probe(probe.settings('smoke', encoder=ENCODER, data=f'{tmp_path}/one'))
+    with pytest.raises(SettingsError, match='a probe takes at least two'):
+        probe.probe(probe.settings('smoke', encoder=ENCODER, data=f'{tmp_path}/one'))
 
 # analyses
 
@@ -288,7 +305,8 @@ def test_an_analysis_of_the_world():
     again = analysis.analyse(run)
     assert {k: v for k, v in again.items() if k != 'environment'} == {k: v for k, v in r.items() if k != 'environment'}
     assert Path('runs/a/pairs-first-ranks.csv').read_bytes() == Path('runs/kept/pairs-first-ranks.csv').read_bytes()
-    with pytest.raises(SettingsError, match='begun with other settings: scenes was 12 and is now 13'): analysis.analyse(analysis.settings('smoke', encoders=run.encoders, name='a', scenes=13))
+    with pytest.raises(SettingsError, match='begun with other settings: scenes was 12 and is now 13'):
+        analysis.analyse(analysis.settings('smoke', encoders=run.encoders, name='a', scenes=13))
 
 def test_patches_of_an_early_layer():
     "A CNN has more of them than at its end"
@@ -299,11 +317,14 @@ def test_pairs_of_folders_and_shards(tmp_path):
     (tmp_path/'shards').mkdir()
     for k in range(2): shard(tmp_path/'shards'/f'{k}.tar', 12*k, 12)
     for data in f'{tmp_path}/mine', f'{tmp_path}/shards':
-        r = analysis.analyse(analysis.settings('smoke', encoders=f'{ENCODER},random:clipdino_vit_mini', name=Path(data).name, data=data, pairs=20))['disagreement']
+        r = analysis.analyse(analysis.settings('smoke', encoders=f'{ENCODER},random:clipdino_vit_mini', name=Path(data).name, data=data,
+                                               pairs=20))['disagreement']
         assert r['pictures'] > 10 and [q['factor'] for q in r['first']['shared']] == (['class'] if 'mine' in data else [])
     with pytest.raises(SettingsError, match='k=500 pairs are wanted, but 15 pictures have 105'):
-        analysis.analyse(analysis.settings('smoke', encoders=f'{ENCODER},random:clipdino_vit_mini', name='b', data=f'{tmp_path}/mine', pairs=500))
-    with pytest.raises(SettingsError, match='nowhere is not there'): analysis.analyse(analysis.settings('smoke', encoders=f'{ENCODER},random:clipdino_vit_mini', name='c', data=f'{tmp_path}/nowhere'))
+        analysis.analyse(analysis.settings('smoke', encoders=f'{ENCODER},random:clipdino_vit_mini', name='b', data=f'{tmp_path}/mine',
+                                           pairs=500))
+    with pytest.raises(SettingsError, match='nowhere is not there'):
+        analysis.analyse(analysis.settings('smoke', encoders=f'{ENCODER},random:clipdino_vit_mini', name='c', data=f'{tmp_path}/nowhere'))
     assert not Path('runs/b/result.json').exists()
 
 def test_classes_of_one_name_are_two():

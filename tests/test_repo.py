@@ -31,7 +31,8 @@ def test_every_module_has_a_notebook_and_imports():
     named = {m for p in notebooks for m in re.findall(r'"#\| default_exp (\w+)', p.read_text())}
     assert named == {p.stem for p in root.glob('clipdino/*.py') if p.name[0] != '_'}
     code = "import importlib, sys\nfor m in sys.argv[1:]:\n    for k in [k for k in sys.modules if k.startswith('clipdino')]: del sys.modules[k]\n    importlib.import_module(f'clipdino.{m}')"
-    subprocess.run([sys.executable, '-W', 'ignore', '-c', code, *sorted(named)], cwd=root, check=True)  # each anew, but for what it has from other packages
+    # each anew, but for what it has from other packages
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', code, *sorted(named)], cwd=root, check=True)
 
 @each_notebook
 def test_kernel_is_portable(p):
@@ -58,7 +59,8 @@ def test_nbdev_and_quarto_options_never_share_a_cell(p):
 
 def filtered(cells):
     "What Quarto gets of `cells`"
-    text = subprocess.run([sys.executable, root/'nbs/_quarto_filter.py'], input=json.dumps(dict(cells=cells)), capture_output=True, text=True, check=True).stdout
+    text = subprocess.run([sys.executable, root/'nbs/_quarto_filter.py'], input=json.dumps(dict(cells=cells)), capture_output=True,
+                          text=True, check=True).stdout
     return json.loads(text)['cells']
 
 def code(source, *data): return dict(cell_type='code', source=source, outputs=[dict(output_type='display_data', data=d) for d in data])
@@ -69,16 +71,19 @@ def test_the_site_hides_folds_and_loads_nothing():
     imports = 'import os\n\nfrom a import (b,\n               c)\nfrom d import e  # why\n'
     said = [source(c) for c in filtered([
         code('#| hide\n1'), code('#| default_exp x'), dict(cell_type='markdown', source='#| hide'), code('#| export\n#| label: x\nf()\n'),
-        code('#| export\n' + imports), code(imports + 'f()'), code('a\nb\n# c\n\nd\n', png), code('a\nb\nc\nd', png), code('a\nb\nc\nd', {'text/plain': 'x'})])]
+        code('#| export\n' + imports), code(imports + 'f()'), code('a\nb\n# c\n\nd\n', png), code('a\nb\nc\nd', png),
+        code('a\nb\nc\nd', {'text/plain': 'x'})])]
     fold = '#| code-fold: true\n#| code-summary: '
-    assert said == ['#| hide', '#| label: x\nf()\n', fold + 'Imports\n' + imports, imports + 'f()', 'a\nb\n# c\n\nd\n', fold + 'Code\na\nb\nc\nd', 'a\nb\nc\nd']
+    assert said == ['#| hide', '#| label: x\nf()\n', fold + 'Imports\n' + imports, imports + 'f()', 'a\nb\n# c\n\nd\n',
+                    fold + 'Code\na\nb\nc\nd', 'a\nb\nc\nd']
     c, = filtered([code('t', table, {'application/vnd.jupyter.widget-view+json': {}, 'text/plain': 'bar'})])
     assert [o['data'] for o in c['outputs']] == [{'text/plain': '1', 'text/markdown': ['```{=html}\n', '<td></td>\n<td>1</td>', '\n```\n']}]
 
 @each_notebook
 def test_every_figure_has_an_alternative_text(p):
     for c in cells(p):
-        if any(k.startswith('image/') for o in c.get('outputs', []) for k in o.get('data', {})): assert '#| fig-alt: ' in source(c), source(c)
+        if any(k.startswith('image/') for o in c.get('outputs', []) for k in o.get('data', {})):
+            assert '#| fig-alt: ' in source(c), source(c)
 
 def test_every_notebook_is_on_the_site_and_in_the_readme():
     for text in (root/'_quarto.yml').read_text(), (root/'README.md').read_text():
@@ -92,7 +97,9 @@ def test_no_page_is_older_than_the_results():
     for p in pages: assert f'from result files {stamp()}' in p.read_text(), f'execute {p.name} again'
     assert f'from result files {stamp()}:' in (root/'README.md').read_text(), 'run python -m clipdino.study again'
 
-@pytest.mark.parametrize('page, module, name', [('02_pretrain', 'pretrain', 'Pretrain'), ('03_probe', 'probe', 'ProbeRun'), ('04_analysis', 'analysis', 'AnalysisRun'), ('05_vlm', 'vlm', 'VLMRun'), ('06_vmcbench', 'vmcbench', 'Score')])
+@pytest.mark.parametrize('page, module, name', [('02_pretrain', 'pretrain', 'Pretrain'), ('03_probe', 'probe', 'ProbeRun'),
+                                                ('04_analysis', 'analysis', 'AnalysisRun'), ('05_vlm', 'vlm', 'VLMRun'),
+                                                ('06_vmcbench', 'vmcbench', 'Score')])
 def test_every_setting_is_a_parameter(page, module, name):
     settings = getattr(importlib.import_module(f'clipdino.{module}'), name)
     tagged, = [c for c in cells(root/f'nbs/{page}.ipynb') if 'parameters' in c['metadata'].get('tags', [])]
@@ -101,13 +108,15 @@ def test_every_setting_is_a_parameter(page, module, name):
 def test_the_readme_has_two_commands():
     "One ends with the main job run, one with the tests passed; CI takes the second from here"
     commands = re.findall(r'```sh\n(.+)\n```', (root/'README.md').read_text())
-    assert [c.split(' && ')[-1] for c in commands] == ['papermill nbs/02_pretrain.ipynb runs/clip.ipynb -p objective clip', 'OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile tests']
+    assert [c.split(' && ')[-1] for c in commands] == ['papermill nbs/02_pretrain.ipynb runs/clip.ipynb -p objective clip',
+                                                       'OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile tests']
 
 def test_pixels_belong_to_a_version():
     "Cached worlds are keyed by `VERSION`: who changes what is drawn or said has to raise it, and these digests with it"
     from clipdino.world import KINDS, POLICIES, VERSION, caption, render, scene, versions
     said = '\n'.join(caption(scene(0, 'test', i, k), p) for i in range(20) for k in KINDS for p in POLICIES)
-    factors = [(s.kind, s.object, s.word, s.colour, s.background, s.texture, s.style, s.position, s.scale, s.rotation, s.count) for s in (scene(0, 'test', i) for i in range(200))]
+    factors = [(s.kind, s.object, s.word, s.colour, s.background, s.texture, s.style, s.position, s.scale, s.rotation, s.count)
+               for s in (scene(0, 'test', i) for i in range(200))]
     assert (VERSION, hashlib.sha256((said + repr(factors)).encode()).hexdigest()[:12]) == SCENES
     pixels = b''.join(render(scene(0, 'test', i, k), 48).tobytes() for i in range(8) for k in KINDS)
     if versions() == PIXELS[0]: assert hashlib.sha256(pixels).hexdigest()[:12] == PIXELS[1]

@@ -16,7 +16,8 @@ def here(tmp_path):
 
 def papermill(here, *args):
     env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}
-    return subprocess.run(['papermill', root/'nbs/02_pretrain.ipynb', 'runs/out.ipynb', '--log-output', '-p', 'preset', 'smoke', *map(str, args)],
+    return subprocess.run(['papermill', root/'nbs/02_pretrain.ipynb', 'runs/out.ipynb', '--log-output', '-p', 'preset', 'smoke',
+                           *map(str, args)],
                           cwd=here, env=dict(env, OMP_NUM_THREADS='1'), stdin=subprocess.DEVNULL, capture_output=True, text=True)
 
 def result(here, name): return json.loads((here/'runs'/name/'result.json').read_text())
@@ -36,7 +37,8 @@ def test_a_run_leaves_what_it_promises(here):
     other = papermill(here, '-p', 'objective', 'dino', '-p', 'name', 'x', '-p', 'seed', 4)
     assert other.returncode != 0 and 'seed was 3 and is now 4' in other.stderr
 
-@pytest.mark.parametrize('name,value,message', [('objectiv', 'clip', 'no such setting: objectiv'), ('objective', 'mae', 'is not one of clip, siglip'), ('samples', '250.5', 'must be int'),
+@pytest.mark.parametrize('name,value,message', [('objectiv', 'clip', 'no such setting: objectiv'),
+                                                ('objective', 'mae', 'is not one of clip, siglip'), ('samples', '250.5', 'must be int'),
                                                 ('data', 'nowhere/*.tar', 'nowhere')])
 def test_bad_settings_stop_the_run(here, name, value, message):
     done = papermill(here, '-p', name, value)
@@ -45,7 +47,8 @@ def test_bad_settings_stop_the_run(here, name, value, message):
 
 def test_shards_with_broken_samples(here):
     for k in range(3): shard(here/f'{k}.tar', 50*k, 50, broken=(7, 60))
-    done = papermill(here, '-p', 'data', f'{here}/{{0..1}}.tar', '-p', 'name', 'w', '-p', 'workers', 2, '-p', 'max_bad', .1, '-p', 'eval_data', f'{here}/2.tar')
+    done = papermill(here, '-p', 'data', f'{here}/{{0..1}}.tar', '-p', 'name', 'w', '-p', 'workers', 2, '-p', 'max_bad', .1, '-p',
+                     'eval_data', f'{here}/2.tar')
     assert done.returncode == 0, done.stderr[-3000:]
     r = result(here, 'w')
     assert r['data']['bad'] and set(r['data']['bad']) == {'undecodable image'} and r['retrieval']['pairs'] == 50

@@ -27,7 +27,8 @@ CASES = {o: {} for o in OBJECTIVES if o not in ('dino', 'hybrid')} | DINOS | dic
 
 def exact(case, **given):
     "In double precision; `eps` keeps AdamW from making much of gradients that are zero up to rounding, as of the biases of attention keys"
-    return settings('smoke', case.split('_')[0], **{'name': 'x', 'probes': 0, 'batch': 12, 'samples': 120, 'precision': 'fp64', 'drop_path': .3, 'eps': 1e-4, **CASES[case], **given})
+    return settings('smoke', case.split('_')[0], **{'name': 'x', 'probes': 0, 'batch': 12, 'samples': 120, 'precision': 'fp64',
+                                                    'drop_path': .3, 'eps': 1e-4, **CASES[case], **given})
 
 def three_steps(run, folder):
     "Loss of three steps, gradient of the first, and the state after them"
@@ -44,10 +45,13 @@ def three_steps(run, folder):
 
 def same(a, b, but=()):
     "Losses, gradients and states agree; in the states, rounding has grown over three steps"
-    for x, y in zip(a[0], b[0]): assert {k: v for k, v in x.items() if k not in but} == pytest.approx({k: v for k, v in y.items() if k not in but}, rel=1e-9)
+    for x, y in zip(a[0], b[0]):
+        assert {k: v for k, v in x.items() if k not in but} == pytest.approx({k: v for k, v in y.items() if k not in but}, rel=1e-9)
     for x, y, tol in zip(a[1:], b[1:], (1e-11, 1e-8)):
         assert x.keys() == y.keys()
-        for k in x: assert abs(x[k] - y[k]).max() <= (1e-8 if 'pos_embed' in k else tol)*max(abs(x[k]).max(), 1e-4), k  # timm resizes position embeddings in single precision
+        for k in x:
+            # timm resizes position embeddings in single precision
+            assert abs(x[k] - y[k]).max() <= (1e-8 if 'pos_embed' in k else tol)*max(abs(x[k]).max(), 1e-4), k
 
 @pytest.mark.parametrize('case', CASES)
 def test_a_batch_in_parts_is_the_whole_batch(tmp_path, case):
@@ -61,7 +65,8 @@ def test_a_batch_in_parts_is_the_whole_batch(tmp_path, case):
 def test_several_processes_are_one(tmp_path, case, n):
     "(What DINO's targets say of the picture is measured within a process, and is only logged)"
     if n == 3 and case in ('clip-lm', 'dino_no_locals', 'hybrid'): pytest.skip('two processes are enough')
-    same(three_steps(exact(case), tmp_path/'one'), group(n, three_steps, exact(case, micro=3 if n == 2 else 0), tmp_path/'several'), but=('information',))
+    same(three_steps(exact(case), tmp_path/'one'), group(n, three_steps, exact(case, micro=3 if n == 2 else 0), tmp_path/'several'),
+         but=('information',))
 
 @pytest.mark.parametrize('case', ['clip', 'dino', 'hybrid'])
 def test_parts_save_memory(tmp_path, case):
@@ -99,12 +104,15 @@ def test_a_notebook_starts_processes(tmp_path, monkeypatch):
     one, two = results
     monkeypatch.chdir('..')
     assert two['environment']['processes'] == 2 and two['loss'] == pytest.approx(one['loss'], rel=1e-5)
-    assert sorted(p.name for p in Path('runs/x').iterdir()) == ['.lock', 'bad.jsonl', 'config.json', 'metrics.jsonl', 'model.safetensors', 'objective.safetensors', 'result.json', 'settings.json']
-    with pytest.raises(SettingsError, match='seed was 0 and is now 1; data was'): pretrain(settings('smoke', 'siglip', name='x', processes=2, seed=1, data='../*.tar'))
+    assert sorted(p.name for p in Path('runs/x').iterdir()) == ['.lock', 'bad.jsonl', 'config.json', 'metrics.jsonl', 'model.safetensors',
+                                                                'objective.safetensors', 'result.json', 'settings.json']
+    with pytest.raises(SettingsError, match='seed was 0 and is now 1; data was'):
+        pretrain(settings('smoke', 'siglip', name='x', processes=2, seed=1, data='../*.tar'))
     Path('runs/y').mkdir()
     Path('runs/y/settings.json').write_text(json.dumps(dict(json.loads(Path('runs/x/settings.json').read_text()), lr=9.)))
     Path('runs/y/state-000000001.safetensors').touch()  # of an attempt that was cut
-    with pytest.raises(RuntimeError, match='y was begun with other settings: .*lr was 9.0 and is now 0.001'): pretrain(settings('smoke', 'siglip', name='y', processes=2))
+    with pytest.raises(RuntimeError, match='y was begun with other settings: .*lr was 9.0 and is now 0.001'):
+        pretrain(settings('smoke', 'siglip', name='y', processes=2))
 
 def test_a_refusal_is_found_in_all_that_torchrun_reports(tmp_path, monkeypatch):
     "A shell script stands for torchrun"
@@ -114,11 +122,14 @@ def test_a_refusal_is_found_in_all_that_torchrun_reports(tmp_path, monkeypatch):
     monkeypatch.setattr('sys.executable', str(torchrun))
     with pytest.raises(RuntimeError, match='^the reason$'): spawn(settings('smoke', processes=4), tmp_path/'x')
     torchrun.write_text("#!/bin/sh\necho '[rank1]: Traceback (most recent call last):'\necho '[rank1]: torch.OutOfMemoryError: no room'\nseq 100\necho torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\nexit 1\n")
-    with pytest.raises(RuntimeError, match='^a process of x ended with code 1: torch.OutOfMemoryError: no room\n'): spawn(settings('smoke', processes=4), tmp_path/'x')
+    with pytest.raises(RuntimeError, match='^a process of x ended with code 1: torch.OutOfMemoryError: no room\n'):
+        spawn(settings('smoke', processes=4), tmp_path/'x')
     torchrun.write_text("#!/bin/sh\necho 'Exception ignored in: <f>'\necho 'KeyError: 1'\necho 'During handling of the above exception, another exception occurred:'\necho 'OSError: the cause'\nkill -9 $$\n")
-    with pytest.raises(RuntimeError, match='^a process of x ended with code -9: OSError: the cause\n'): spawn(settings('smoke', processes=4), tmp_path/'x')
+    with pytest.raises(RuntimeError, match='^a process of x ended with code -9: OSError: the cause\n'):
+        spawn(settings('smoke', processes=4), tmp_path/'x')
     torchrun.write_text("#!/bin/sh\necho torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\necho 'Signal 9 (SIGKILL)'\nexit 1\n")
-    with pytest.raises(RuntimeError, match='^a process of x ended with code 1: torch.*:\nSignal 9'): spawn(settings('smoke', processes=4), tmp_path/'x')
+    with pytest.raises(RuntimeError, match='^a process of x ended with code 1: torch.*:\nSignal 9'):
+        spawn(settings('smoke', processes=4), tmp_path/'x')
 
 def test_an_interrupted_program_says_so(capsys):
     def go(**given): raise KeyboardInterrupt
@@ -130,7 +141,8 @@ def test_a_batch_that_processes_can_not_share_is_refused():
 
 def test_options_give_the_settings(monkeypatch, capsys):
     run, seen = settings('smoke', 'dino', lr=3e-4, head_norm=True, name='o', workers=2), []
-    monkeypatch.setattr('clipdino.pretrain.pretrain', lambda r: seen.append(r) or dict.fromkeys(('name', 'samples', 'loss', 'images_per_s', 'val')))
+    monkeypatch.setattr('clipdino.pretrain.pretrain', lambda r: seen.append(r)
+                        or dict.fromkeys(('name', 'samples', 'loss', 'images_per_s', 'val')))
     main(arguments(run))
     assert seen == [run]
     with pytest.raises(SystemExit): main(['--objectiv', 'clip'])
@@ -150,10 +162,12 @@ def test_all_is_on_the_gpu(objective, given, monkeypatch):
     told = o.text.tokenize(['a word']).shape[1:] if o.captions else ()
     with FakeTensorMode() as mode:
         def there(v): return torch.empty(v.shape, dtype=v.dtype, device='cuda:0')
-        fake = {k: torch.nn.Parameter(there(v), requires_grad=v.requires_grad) if isinstance(v, torch.nn.Parameter) else there(v) for k, v in (*o.named_parameters(), *o.named_buffers())}
+        fake = {k: torch.nn.Parameter(there(v), requires_grad=v.requires_grad) if isinstance(v, torch.nn.Parameter) else there(v)
+                for k, v in (*o.named_parameters(), *o.named_buffers())}
         views = [torch.empty(len(g)*n, 3, g[0].size, g[0].size, device='cuda:0') for g in view_groups(run)]
         tokens = torch.zeros((n, *told), dtype=torch.int64, device='cuda:0') if o.captions else None
-        with torch.autocast('cuda', torch.bfloat16): out = torch.func.functional_call(o, fake, (views, tokens, torch.zeros(n, dtype=torch.int64, device='cuda:0')))
+        with torch.autocast('cuda', torch.bfloat16):
+            out = torch.func.functional_call(o, fake, (views, tokens, torch.zeros(n, dtype=torch.int64, device='cuda:0')))
         assert {v.device for v in out.values()} == {torch.device('cuda:0')} and out['loss'].dtype == torch.float32
 
 def test_the_slurm_example_is_sound():
@@ -163,7 +177,8 @@ def test_the_slurm_example_is_sound():
     script, = re.findall(r'```bash\n(.+?)```', page, re.S)
     assert subprocess.run(['bash', '-n'], input=script, text=True, capture_output=True).stderr == ''
     fake = 'srun() { while [[ $1 == --* ]]; do shift; done; "$@"; }; scontrol() { echo node0; echo node1; }; accelerate() { printf "%s\\n" "$@"; }; export -f accelerate\n'
-    env = dict(os.environ, SLURM_NNODES='4', SLURM_CPUS_PER_TASK='96', SLURM_NODEID='2', SLURM_JOB_NODELIST='node[0-3]', DATA='s/{0..3}.tar')
+    env = dict(os.environ, SLURM_NNODES='4', SLURM_CPUS_PER_TASK='96', SLURM_NODEID='2', SLURM_JOB_NODELIST='node[0-3]',
+               DATA='s/{0..3}.tar')
     said = subprocess.run(['bash'], input=fake + script, text=True, capture_output=True, env=env)
     words = said.stdout.split('\n')[:-1]
     assert words[0] == 'launch' and said.stderr == '', said.stderr
@@ -205,7 +220,8 @@ class Copies(TorchDispatchMode):
     def __init__(self): super().__init__(); self.seen = Counter()
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         k = kwargs or {}
-        if f is torch.ops.aten._to_copy.default and args[0].device.type == 'cpu' and str(k.get('device')) == 'meta': self.seen[bool(k.get('non_blocking'))] += 1
+        if f is torch.ops.aten._to_copy.default and args[0].device.type == 'cpu' and str(k.get('device')) == 'meta':
+            self.seen[bool(k.get('non_blocking'))] += 1
         return f(*args, **k)
 
 @pytest.mark.parametrize('objective', ['clip', 'dino'])
@@ -214,11 +230,13 @@ def test_no_copy_to_the_device_blocks(objective):
     with torch.device('meta'): o = make_objective(run).train()
     o.set_progress(.5)
     with Copies() as copies:
-        views = make_views(view_groups(run), torch.empty(n, run.canvas, run.canvas, 3, dtype=torch.uint8, device='meta'), torch.full((n, 2), run.canvas), 0, torch.zeros(n, dtype=torch.int64), torch.arange(n), MEAN, STD)
+        views = make_views(view_groups(run), torch.empty(n, run.canvas, run.canvas, 3, dtype=torch.uint8, device='meta'),
+                           torch.full((n, 2), run.canvas), 0, torch.zeros(n, dtype=torch.int64), torch.arange(n), MEAN, STD)
         if objective == 'dino': o(views, None, torch.zeros(n, dtype=torch.int64, device='meta'))
     assert copies.seen[True] > 1 and not copies.seen[False]
 
-@pytest.mark.parametrize('loss', [lambda x, t: clip_loss(x, t, torch.tensor(100.)), lambda x, t: siglip_loss(x, t, torch.tensor(100.), torch.tensor(-10.))], ids=['clip', 'siglip'])
+@pytest.mark.parametrize('loss',
+                         [lambda x, t: clip_loss(x, t, torch.tensor(100.)), lambda x, t: siglip_loss(x, t, torch.tensor(100.), torch.tensor(-10.))], ids=['clip', 'siglip'])
 def test_logits_are_not_rounded(loss):
     x, t = (F.normalize(torch.randn(16, 64, generator=torch.Generator().manual_seed(k)), dim=1) for k in (0, 1))
     with torch.autocast('cpu', torch.bfloat16): rounded = loss(x, t)
@@ -234,7 +252,9 @@ class Scores(Objective):
     "Returns what a test gives it"
     def forward(self, views, tokens, keys): return self.said(self.encoder(views[0]).sum())
 
-@pytest.mark.parametrize('said, refused', [(lambda y: y, True), (lambda y: dict(other=y), True), (lambda y: dict(loss=y, scale=1.), True), (lambda y: dict(loss=y, parts=y[None]), True), (lambda y: dict(loss=y, scale=y.detach()), False)])
+@pytest.mark.parametrize('said, refused', [(lambda y: y, True), (lambda y: dict(other=y), True), (lambda y: dict(loss=y, scale=1.), True),
+                                           (lambda y: dict(loss=y, parts=y[None]), True),
+                                           (lambda y: dict(loss=y, scale=y.detach()), False)])
 def test_what_ones_own_objective_returns_is_looked_at(monkeypatch, tmp_path, said, refused):
     def make(run, encoder):
         (o := Scores(encoder)).said = said
@@ -243,13 +263,17 @@ def test_what_ones_own_objective_returns_is_looked_at(monkeypatch, tmp_path, sai
     t = Trainer(settings('smoke', 'mine', probes=0), tmp_path)
     if not refused: assert 'scale' in t.update(next(t.batches()))
     else:
-        with pytest.raises(SettingsError, match='forward of mine must return `loss`, and what else is worth logging, as a dict of tensors without dimensions'): t.update(next(t.batches()))
+        with pytest.raises(SettingsError,
+                           match='forward of mine must return `loss`, and what else is worth logging, as a dict of tensors without dimensions'):
+            t.update(next(t.batches()))
 
 def test_slips_in_ones_own_objective_are_named(monkeypatch):
     monkeypatch.setitem(OWN, 'mine', Own(make=lambda run, encoder: encoder, views=one_view, changes=dict(learning_rate=1.)))
     with pytest.raises(SettingsError, match='no such setting: learning_rate'): settings('smoke', 'mine')
     monkeypatch.setitem(OWN, 'mine', Own(make=lambda run, encoder: encoder, views=one_view))
-    with pytest.raises(SettingsError, match='make of mine returns a VisionTransformer, which does not derive from clipdino.objectives.Objective'): make_objective(settings('smoke', 'mine'))
+    with pytest.raises(SettingsError,
+                       match='make of mine returns a VisionTransformer, which does not derive from clipdino.objectives.Objective'):
+        make_objective(settings('smoke', 'mine'))
 
 class Both(Objective):
     "Has what a joint space takes"
@@ -261,7 +285,9 @@ def test_an_entry_and_its_class_agree_about_a_joint_space(monkeypatch, kind, joi
     for j in joint, not joint:
         monkeypatch.setitem(OWN, 'mine', Own(make=lambda run, encoder: kind(encoder), views=one_view, joint=j))
         if j == joint:
-            with pytest.raises(SettingsError, match=f'the entry of mine says joint={joint}, but its class has {"not " if joint else ""}both embed_image and embed_text'): make_objective(settings('smoke', 'mine'))
+            with pytest.raises(SettingsError,
+                               match=f'the entry of mine says joint={joint}, but its class has {"not " if joint else ""}both embed_image and embed_text'):
+                make_objective(settings('smoke', 'mine'))
         else: assert make_objective(settings('smoke', 'mine'))
 
 class Captioner(Objective):
@@ -275,10 +301,12 @@ class Captioner(Objective):
 def test_an_objective_that_reads_captions_without_a_joint_space(monkeypatch, tmp_path):
     "Is probed without zero-shot, and has no retrieval"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(OWN, 'captioner', Own(make=lambda run, encoder: Captioner(encoder, TextTower(run.vocab, run.context, run.text_width, run.text_layers, run.dim)), views=one_view))
+    monkeypatch.setitem(OWN, 'captioner', Own(make=lambda run,
+                                              encoder: Captioner(encoder, TextTower(run.vocab, run.context, run.text_width, run.text_layers, run.dim)), views=one_view))
     result = pretrain(settings('smoke', 'captioner', samples=32, probes=0))
     assert not (e := load_encoder(str(tmp_path/'runs'/result['name']))).has_text and e.dim == 32
-    with pytest.raises(SettingsError, match='eval_data is for objectives with images and captions in one space, and captioner has none'): check_inputs(settings('smoke', 'captioner', eval_data='x.tar'))
+    with pytest.raises(SettingsError, match='eval_data is for objectives with images and captions in one space, and captioner has none'):
+        check_inputs(settings('smoke', 'captioner', eval_data='x.tar'))
 
 class Joint(Captioner):
     def embed_image(self, x, keys=None): return F.normalize(self.encoder(x), dim=1)
@@ -288,22 +316,26 @@ def test_a_joint_space_of_ones_own(monkeypatch, tmp_path):
     "Has retrieval, and classifies by names"
     monkeypatch.chdir(tmp_path)
     shard(tmp_path/'held.tar', 0, 20)
-    monkeypatch.setitem(OWN, 'joint', Own(make=lambda run, encoder: Joint(encoder, TextTower(run.vocab, run.context, run.text_width, run.text_layers, run.dim)), views=one_view, joint=True))
+    monkeypatch.setitem(OWN, 'joint',
+                        Own(make=lambda run, encoder: Joint(encoder, TextTower(run.vocab, run.context, run.text_width, run.text_layers, run.dim)), views=one_view, joint=True))
     result = pretrain(settings('smoke', 'joint', samples=32, probes=0, eval_data=str(tmp_path/'held.tar')))
     e = load_encoder(str(tmp_path/'runs'/result['name']))
     assert result['retrieval']['pairs'] == 20 and e.embed_text(['a dog', 'a cat']).shape == e.embed_image(torch.zeros(2, 3, 32, 32)).shape == (2, 32)
 
-@pytest.mark.parametrize('arch, said', [('beit_base_patch16_224', 'is a Beit, and must be one of'), ('vit_base_patch16_siglip_224', 'with a class token')])
+@pytest.mark.parametrize('arch, said', [('beit_base_patch16_224', 'is a Beit, and must be one of'),
+                                        ('vit_base_patch16_siglip_224', 'with a class token')])
 def test_other_architectures_are_refused(arch, said):
     with pytest.raises(SettingsError, match=said): settings('smoke', arch=arch, image_size=224)
 
 def test_a_distilled_vit_keeps_both_its_tokens():
     assert make_encoder('deit_tiny_distilled_patch16_224', 32, 0)(torch.zeros(2, 3, 32, 32)).shape == (2, 192)
 
-@pytest.mark.parametrize('kind', [lambda d: CLIPConfig().save_pretrained(d), lambda d: ViTConfig().save_pretrained(d), lambda d: T5Config().save_pretrained(d)])
+@pytest.mark.parametrize('kind', [lambda d: CLIPConfig().save_pretrained(d), lambda d: ViTConfig().save_pretrained(d),
+                                  lambda d: T5Config().save_pretrained(d)])
 def test_a_text_model_of_another_kind_is_refused(tmp_path, kind):
     kind(tmp_path)
-    with pytest.raises(SettingsError, match='is a (clip|vit|t5), and must be a language model of one stack of layers'): check_inputs(settings('smoke', 'clip-lm', text_model=str(tmp_path)))
+    with pytest.raises(SettingsError, match='is a (clip|vit|t5), and must be a language model of one stack of layers'):
+        check_inputs(settings('smoke', 'clip-lm', text_model=str(tmp_path)))
 
 @pytest.mark.parametrize('given, said', [(dict(eval_data='notes.tar'), 'is not a tar file'), (dict(probe_data='set'), 'has no test split')])
 def test_what_is_needed_at_the_end_is_looked_at_first(tmp_path, monkeypatch, given, said):
@@ -325,7 +357,8 @@ def test_a_complete_run_is_looked_up_without_its_data(tmp_path, monkeypatch):
     (tmp_path/'0.tar').unlink()
     assert pretrain(run) == result
     with pytest.raises(SettingsError, match='no shards at 0.tar'): pretrain(settings('smoke', name='y', data='0.tar', probes=0))
-    with pytest.raises(SettingsError, match='batch=16 is more than the 8 pictures that there are'): pretrain(settings('smoke', name='z', images=8, probes=0))
+    with pytest.raises(SettingsError, match='batch=16 is more than the 8 pictures that there are'):
+        pretrain(settings('smoke', name='z', images=8, probes=0))
     assert not Path('runs/y').exists()
 
 def test_two_precisions_in_one_process(tmp_path):
@@ -333,7 +366,8 @@ def test_two_precisions_in_one_process(tmp_path):
 
 def test_weights_are_not_split_in_pretraining(monkeypatch):
     monkeypatch.setenv('ACCELERATE_USE_FSDP', 'true')
-    with pytest.raises(SettingsError, match='--use_fsdp would split weights that every process needs whole'): check_inputs(settings('smoke'))
+    with pytest.raises(SettingsError, match='--use_fsdp would split weights that every process needs whole'):
+        check_inputs(settings('smoke'))
 
 def test_one_process_in_tests_whatever_the_gpus(monkeypatch):
     monkeypatch.setattr('torch.cuda.device_count', lambda: 2)

@@ -34,7 +34,8 @@ def cifar10(d):
 
 def cub(d):
     for i, c in enumerate(TRUTH): save(i, d/'images'/f'{c + 1:03d}.Bird'/f'{i}.jpg')
-    for name, value in dict(images=lambda i: f'{TRUTH[i] + 1:03d}.Bird/{i}.jpg', image_class_labels=lambda i: TRUTH[i] + 1, train_test_split=lambda i: int(i < 3)).items():
+    for name, value in dict(images=lambda i: f'{TRUTH[i] + 1:03d}.Bird/{i}.jpg', image_class_labels=lambda i: TRUTH[i] + 1,
+                            train_test_split=lambda i: int(i < 3)).items():
         (d/f'{name}.txt').write_text(''.join(f'{i + 1} {value(i)}\n' for i in range(6)))
     (d/'classes.txt').write_text('1 001.Bird\n2 002.Bird\n3 003.Bird\n')
 

@@ -18,7 +18,9 @@ from clipdino.worldvqa import WorldVQA
 
 OBJECTIVES, SEEDS, N = ('clip', 'dino', 'siglip', 'clip-lm', 'untrained'), (0, 1, 2), 1000
 QUESTIONS = WorldVQA('test', N, 48)
-OWN = {(k, o): digest(deciding(k, 'mini', o)[0]) for k, objectives in dict(pretrain=OBJECTIVES[:-1], probe=[''], analysis=[''], vlm=[''], vmcbench=['']).items() for o in objectives}  # settings of the preset
+OWN = {(k, o): digest(deciding(k, 'mini', o)[0])
+       # settings of the preset
+       for k, objectives in dict(pretrain=OBJECTIVES[:-1], probe=[''], analysis=[''], vlm=[''], vmcbench=['']).items() for o in objectives}
 
 def encoder(o, s): return f'random:clip-mini-s{s}' if o == 'untrained' else f'{o}-mini-s{s}'
 
@@ -30,34 +32,44 @@ def letters(share, seed):
 def write(folder, values={}, answers={}, spread=.003, drop=(), more=()):
     "Tables of made-up runs: values by (objective or variant, what), shares of right answers by objective or variant; `more`: (objective, variant), of an encoder if it has samples, images or captions, else of a VLM"
     g, runs, curves, probe, analysis, told = np.random.default_rng(0), [], [], [], [], []
-    def ran(run, kind, s, objective='', variant='', **more): runs.append(dict(version=RESULTS, run=run, kind=kind, preset='mini', objective=objective, seed=s, variant=variant, settings=variant or OWN[kind, objective], data='d', commit='c', device='cpu', **more))
+    def ran(run, kind, s, objective='', variant='', **more):
+        runs.append(dict(version=RESULTS, run=run, kind=kind, preset='mini', objective=objective, seed=s, variant=variant,
+                         settings=variant or OWN[kind, objective], data='d', commit='c', device='cpu', **more))
     for k, (o, variant) in enumerate([(o, '') for o in OBJECTIVES] + list(more)):
         for s in SEEDS:
             own, noise, key = variant.startswith(('samples', 'images', 'captions')), lambda: spread*g.normal(), variant or o
             e, w = encoder(o, s) + f'-{variant.replace(" ", "-")}'*own, f'w{o}{s}' + variant*own
             if o != 'untrained' and (own or not variant): ran(e, 'pretrain', s, o, variant, of='', weights=w)
             ran(f'vlm-{o}-{s}-{variant}', 'vlm', s, variant='' if own else variant, of=e, weights=w)
-            for kind in ('probe', 'analysis')*(own or not variant) + ('vmcbench',): ran(f'{kind}-{o}-{s}-{variant}', kind, s, of=e, weights='')
+            for kind in ('probe', 'analysis')*(own or not variant) + ('vmcbench',):
+                ran(f'{kind}-{o}-{s}-{variant}', kind, s, of=e, weights='')
             if {(o, s), (variant, s)} & {*drop}: continue
             if own or not variant:
-                if o != 'untrained': curves += [dict(run=e, objective=o, preset='mini', seed=s, settings='', data='d', commit='c', device='cpu', samples=n, split='val', task='object', readout='linear', accuracy=f*values.get((key, 'object'), .8)) for n, f in ((98304, .9), (196608, 1))]
+                if o != 'untrained':
+                    curves += [dict(run=e, objective=o, preset='mini', seed=s, settings='', data='d', commit='c', device='cpu', samples=n, split='val', task='object', readout='linear', accuracy=f*values.get((key, 'object'), .8)) for n, f in ((98304, .9), (196608, 1))]
                 for task, usual in ('object', .8), ('within families', .6), ('word', .5), ('colour', .5), ('style', .5):
                     v = values.get((key, task), usual if o != 'untrained' else .2) + noise()
                     probe += [dict(run=f'probe-{o}-{s}-{variant}', encoder=e, weights=w, commit='c', task=task, how=how, value=v, low=v - .002, high=v + .002, chance=.01, pictures=4096) for how in ('linear', 'knn')]
                 for what, row, usual in ('sensitivity', 'object', 1.), ('sensitivity', 'word', .5), ('sensitivity', 'colour', .5), ('sensitivity', 'style', .5), ('similarity', 'symbol', .8):
                     v = values.get((key, row), usual) + noise()
-                    analysis.append(dict(run=f'analysis-{o}-{s}-{variant}', encoder=e, weights=w, what=what, row=row, readout='class token', value=v, low=v - .01, high=v + .01, commit='c'))
+                    analysis.append(dict(run=f'analysis-{o}-{s}-{variant}', encoder=e, weights=w, what=what, row=row,
+                                         readout='class token', value=v, low=v - .01, high=v + .01, commit='c'))
             share = answers.get((o, variant), answers.get(key, answers.get(o, lambda c: .3 if o == 'untrained' else .6)))
-            told.append(dict(run=f'vmcbench-{o}-{s}-{variant}', vlm=f'vlm-{o}-{s}-{variant}', encoder=e, encoder_weights=w, saved=w, llm='world', preset='mini', seed=s, blind=False, weights='', questions=QUESTIONS.name, fingerprint=QUESTIONS.fingerprint,
+            told.append(dict(run=f'vmcbench-{o}-{s}-{variant}', vlm=f'vlm-{o}-{s}-{variant}', encoder=e, encoder_weights=w, saved=w,
+                             llm='world', preset='mini', seed=s, blind=False, weights='', questions=QUESTIONS.name,
+                             fingerprint=QUESTIONS.fingerprint,
                              **dict.fromkeys(('letter', 'likely', 'calibrated'), letters(share, (s, k)))))
-    for k, rows in dict(runs=runs, pretrain=curves, probe=probe, analysis=analysis, vmcbench=told).items(): pd.DataFrame(rows).to_csv(folder/f'{k}_mini.csv', index=False)
+    for k, rows in dict(runs=runs, pretrain=curves, probe=probe, analysis=analysis, vmcbench=told).items():
+        pd.DataFrame(rows).to_csv(folder/f'{k}_mini.csv', index=False)
     pd.DataFrame([dict(questions=QUESTIONS.name, fingerprint=QUESTIONS.fingerprint, i=i, category=r['category'], answer=r['answer']) for i, r in enumerate(QUESTIONS.rows)]).to_csv(folder/'questions_mini.csv', index=False)
     return folder
 
 def judged(folder, **given): return judge(Results('mini', write(folder, **given))).set_index('claim')
 
-AS_THE_PAPER = dict(values={('clip', 'within families'): .7, ('clip', 'word'): .9, ('dino', 'colour'): 1.1, ('dino', 'style'): 1., ('clip', 'symbol'): .6},
-                    answers=dict(clip=lambda c: .85 if c in GROUPS['OCR'] else .55 if c in VISION else .6, dino=lambda c: .55 if c in GROUPS['OCR'] else .8 if c in VISION else .6))
+AS_THE_PAPER = dict(values={('clip', 'within families'): .7, ('clip', 'word'): .9, ('dino', 'colour'): 1.1, ('dino', 'style'): 1.,
+                            ('clip', 'symbol'): .6},
+                    answers=dict(clip=lambda c: .85 if c in GROUPS['OCR'] else .55 if c in VISION else .6,
+                                 dino=lambda c: .55 if c in GROUPS['OCR'] else .8 if c in VISION else .6))
 
 def test_what_the_paper_says_is_replicated(tmp_path):
     t = judged(tmp_path, **AS_THE_PAPER)
@@ -76,7 +88,8 @@ def test_seeds_that_disagree_leave_it_open(tmp_path):
     assert set(t.verdict[['1', '2', '4']]) <= {'inconclusive', 'not shown better'} and t.verdict['5'] == 'inconclusive', 'and no VLM is better than another'
 
 def test_encoders_that_learned_nothing_are_not_compared(tmp_path):
-    t = judged(tmp_path, values={('dino', 'object'): .2, ('clip', 'object'): .2}, answers=dict(clip=lambda c: .3, dino=lambda c: .3, siglip=lambda c: .3))
+    t = judged(tmp_path, values={('dino', 'object'): .2, ('clip', 'object'): .2},
+               answers=dict(clip=lambda c: .3, dino=lambda c: .3, siglip=lambda c: .3))
     assert t.verdict['1'] == 'not shown better' and t.floor['1'] == 'CLIP and DINO not shown better than untrained'
     assert t.verdict['7s'] == 'not shown better' and t.floor['7t'] == 'CLIP not shown better than untrained'
     v = verdicts(dict(one=t.reset_index(), other=t.iloc[:1].reset_index())).set_index('')
@@ -90,7 +103,8 @@ def test_choices_that_are_not_a_claims_are_empty(tmp_path):
 def test_matched_by_accuracy(tmp_path):
     "CLIP is far ahead at the end; stopped where it classifies like DINO it is no better within families, and the run that was stopped later is not taken"
     early, late = 'samples=24576 warmup=0.8', 'samples=98304 warmup=0.2'
-    values = {('dino', 'object'): .5, ('dino', 'within families'): .3, (early, 'object'): .5, (early, 'within families'): .3, (late, 'object'): .7, (late, 'within families'): .5}
+    values = {('dino', 'object'): .5, ('dino', 'within families'): .3, (early, 'object'): .5, (early, 'within families'): .3,
+              (late, 'object'): .7, (late, 'within families'): .5}
     r = Results('mini', write(tmp_path, values, {early: lambda c: .6}, more=[('clip', early), ('clip', late)], spread=.001))
     samples, accuracy = (judge(r, matching=m).set_index('claim') for m in ('samples', 'accuracy'))
     assert like(r, 'clip', 'dino') == early and list(accuracy.index) == ['1', '2', '3o', '3c', '4', '5', '6', '6v']
@@ -100,14 +114,16 @@ def test_matched_by_accuracy(tmp_path):
     t = verdicts(tables).set_index('')
     assert re.fullmatch(r'[+-]0\.\d points \[.+\], inconclusive \(p\s=\s\d\.\d+\)', t['equal accuracy']['2']) and t['equal accuracy']['7s'] == '' and '; Equal accuracy: ' in told(tables, '1').data
     with pytest.raises(SettingsError, match='matching.*samples'): matched(r, 'time', 'clip', 'dino')
-    with pytest.raises(SettingsError, match=r"judge is about the objectives that the claims name; for others call a claim's function"): judge(r, a='siglip')
+    with pytest.raises(SettingsError, match=r"judge is about the objectives that the claims name; for others call a claim's function"):
+        judge(r, a='siglip')
 
 def test_at_equal_compute_the_dearer_objective_stops_early(tmp_path):
     flops = {o: pretrain.cost(pretrain.settings('mini', o))['gflop'] for o in ('clip', 'dino')}
     n = pretrain.samples_at_cost_of(run := pretrain.settings('mini', 'dino'))
     assert flops['clip']*run.samples - flops['dino']*run.batch < flops['dino']*n <= flops['clip']*run.samples and n % run.batch == 0
     assert pretrain.samples_at_cost_of(pretrain.settings('mini', 'siglip')) == run.samples
-    r = Results('mini', write(tmp_path, {('dino', 'object'): .8, (v := f'samples={n}', 'object'): .7, (v, 'symbol'): .9}, more=[('dino', v)], drop=[(v, 2)]))
+    r = Results('mini', write(tmp_path, {('dino', 'object'): .8, (v := f'samples={n}', 'object'): .7, (v, 'symbol'): .9},
+                              more=[('dino', v)], drop=[(v, 2)]))
     t = judge(r, matching='compute').set_index('claim')
     assert matched(r, 'compute', 'siglip', 'dino') == {'dino': v} and t.effect['1'] == pytest.approx(10, abs=.6) and t.effect['4'] == pytest.approx(-.1, abs=.01)
     assert set(t.seeds[['1', '2', '3o', '3c', '4']]) == {2}, 'of the seeds that were made for it'
@@ -122,13 +138,16 @@ def test_other_readouts_are_judged_where_they_were_taken(tmp_path):
     pd.concat([t, t.assign(readout='mean patch', value=1 - t.value)]).to_csv(path, index=False)
     r = Results('mini', tmp_path)
     assert {k: judge(r, readout=k).set_index('claim').effect['4'] for k in ('class token', 'mean patch')} == {'class token': pytest.approx(-.1, abs=.01), 'mean patch': pytest.approx(.1, abs=.01)}
-    with pytest.raises(SettingsError, match="readout='cls' is not one of class token, mean patch, standardised"): CLAIMS['4'].f(r, readout='cls')
+    with pytest.raises(SettingsError, match="readout='cls' is not one of class token, mean patch, standardised"):
+        CLAIMS['4'].f(r, readout='cls')
 
 def test_the_gap_along_a_setting(tmp_path):
     "With few images CLIP's lead is gone; captions are nothing to DINO, whose main runs are compared"
     few, silent = 'images=3072', 'captions=no-text'
     better = lambda c: .8
-    r = Results('mini', write(tmp_path, answers={'clip': better, silent: lambda c: .3 if c in GROUPS['OCR'] else .8}, more=[('clip', few), ('dino', few), ('clip', silent), ('clip', 'connector=linear'), ('dino', 'connector=linear')]))
+    r = Results('mini', write(tmp_path, answers={'clip': better, silent: lambda c: .3 if c in GROUPS['OCR'] else .8},
+                              more=[('clip', few), ('dino', few), ('clip', silent), ('clip', 'connector=linear'),
+                                    ('dino', 'connector=linear')]))
     t, c = (along(r, k).set_index(['value', 'line']) for k in ('images', 'captions'))
     assert list(dict.fromkeys(t.index.get_level_values(0))) == ['49152', '3072'] and set(t.seeds) == {3}
     assert t.effect['49152', 'all'] == pytest.approx(20, abs=4) and c.effect['web', 'OCR'] == pytest.approx(20, abs=8) and c.effect['no-text', 'OCR'] == pytest.approx(-30, abs=8)
@@ -136,11 +155,13 @@ def test_the_gap_along_a_setting(tmp_path):
     assert silent.effect['web', 'words'] == pytest.approx(0, abs=1) and silent.effect['no-text', 'words'] == pytest.approx(-30, abs=1) and silent.effect['no-text', 'objects'] == pytest.approx(0, abs=1)
     assert [len({*along(r, k).value}) for k in ('images', 'captions', 'connector', 'llm')] == [2, 2, 2, 1]
     one = [along(Results('mini', write(tmp_path, more=[('clip', 'captions=no-text')], drop=[(o, s) for o in OBJECTIVES for s in (1, 2)])), 'captions', how) for how in ('VLM', 'linear probe')]
-    for t in one: assert set(t.seeds) == {1} and (t.low < t.effect).all() and (t.effect < t.high).all(), 'of one seed, over pictures or questions alone'
+    for t in one:
+        assert set(t.seeds) == {1} and (t.low < t.effect).all() and (t.effect < t.high).all(), 'of one seed, over pictures or questions alone'
 
 def test_a_setting_is_followed_in_the_seeds_that_all_its_values_have(tmp_path):
     "And where an objective lacks a value, its main runs do not stand in for it"
-    def less(folder, without): (t := read_table(folder/'vmcbench_mini.csv'))[~t.run.isin(without)].to_csv(folder/'vmcbench_mini.csv', index=False)
+    def less(folder, without):
+        (t := read_table(folder/'vmcbench_mini.csv'))[~t.run.isin(without)].to_csv(folder/'vmcbench_mini.csv', index=False)
     few, fewer = 'images=12288', 'images=3072'
     write(tmp_path, **AS_THE_PAPER, more=[(o, v) for o in ('clip', 'dino') for v in (few, fewer)])
     less(tmp_path, [f'vmcbench-dino-{s}-{few}' for s in (1, 2)])
@@ -155,7 +176,8 @@ def test_scorings_of_fewer_questions_or_in_one_way_stand_beside_the_others(tmp_p
     pilot = told[told.run == 'vmcbench-clip-0-']
     for more, variant in (dict(fingerprint='f', **{k: pilot[k].str[:100] for k in ('letter', 'likely', 'calibrated')}), 'limit=100'), (dict(likely='', calibrated=''), 'how=generate'):
         pd.concat([told, pilot.assign(run='pilot', **more)]).to_csv(tmp_path/'vmcbench_mini.csv', index=False)
-        row = runs[runs.run == 'vmcbench-clip-0-'].assign(run='pilot', **dict(variant=variant, settings=variant) if variant == 'limit=100' else {})
+        row = runs[runs.run == 'vmcbench-clip-0-'].assign(run='pilot',
+                                                          **dict(variant=variant, settings=variant) if variant == 'limit=100' else {})
         pd.concat([runs, row]).to_csv(tmp_path/'runs_mini.csv', index=False)
         assert judge(Results('mini', tmp_path)).equals(before), variant
     told.loc[told.run == 'vmcbench-clip-0-', ['likely', 'calibrated']] = ''
@@ -179,35 +201,48 @@ def test_what_claims_say_in_words(tmp_path):
     assert list(v['']) == list(CLAIMS) and set(v['equal accuracy']) == {'incomplete', ''} and v['equal samples'][4].startswith('-0.20 [')
     t = show_moves(r)
     assert list(t.columns) == ['factor', 'clip', 'dino', 'untrained', 'CLIP minus DINO', 'DINO minus untrained'] and list(t.factor) == ['object', 'word', 'colour', 'style']
-    for a, b, column in ('clip', 'dino', 'CLIP minus DINO'), ('dino', 'untrained', 'DINO minus untrained'): assert [float(v.split()[0]) for v in t[column]] == pytest.approx([d.mean() for d, _ in moves(r, a, b).values()], abs=.006)
+    for a, b, column in ('clip', 'dino', 'CLIP minus DINO'), ('dino', 'untrained', 'DINO minus untrained'):
+        assert [float(v.split()[0]) for v in t[column]] == pytest.approx([d.mean() for d, _ in moves(r, a, b).values()], abs=.006)
     assert '*replicated*: ' in (a := abstract(r, tables).data) and 'Distinct symbols are less alike for CLIP: -0.20 [' in a and '3 seeds, 1000 questions' in a
 
-@pytest.mark.parametrize('length, most, between, wrong', [('shorter stage 1', 'stage1_samples=16384', 'stage1_samples=32768', 'stage1_samples=262144'), ('longer stage 2', 'stage2_samples=524288', 'stage2_samples=262144', 'stage2_samples=16384')])
+@pytest.mark.parametrize('length, most, between, wrong',
+                         [('shorter stage 1', 'stage1_samples=16384', 'stage1_samples=32768', 'stage1_samples=262144'),
+                          ('longer stage 2', 'stage2_samples=524288', 'stage2_samples=262144', 'stage2_samples=16384')])
 def test_vlms_trained_in_another_length(tmp_path, length, most, between, wrong):
     "In the preset's time CLIP's VLM reads; in the other none does, and there is nothing to compare"
     blind = lambda c: .3
     more = [(o, v) for v in (most, between) for o in ('clip', 'dino', 'untrained')]
-    r = Results('mini', write(tmp_path, answers=dict(clip=lambda c: .8 if c in GROUPS['OCR'] else .3, dino=blind) | {(o, most): blind for o in ('clip', 'dino', 'untrained')}, more=more))
+    r = Results('mini', write(tmp_path,
+                              answers=dict(clip=lambda c: .8 if c in GROUPS['OCR'] else .3, dino=blind) | {(o, most): blind for o in ('clip', 'dino', 'untrained')}, more=more))
     assert judge(r).set_index('claim').verdict['5'] == 'replicated' and (t := judge(r, length=length)).claim.tolist() == ['5', '6', '6v'] and t.verdict[0] == 'not shown better'
     assert sensitivity(r).loc[length, '5'].endswith('not shown better') and set(along(r, most.split('=')[0]).value) == {'131072', *(v.split('=')[1] for v in (most, between))}
-    if length in WAYS: assert verdicts(judgements(r)).set_index('')[length]['5'].endswith('CLIP not shown better than untrained') and f'{length.capitalize()}: ' in told(judgements(r), '5').data
-    with pytest.raises(SettingsError, match=f'no VLMs with a {length}: the study {length[-7:].replace(" ", "")} has them'): of_length(Results('mini', write(tmp_path, more=[('clip', wrong)])), length)
+    if length in WAYS:
+        assert verdicts(judgements(r)).set_index('')[length]['5'].endswith('CLIP not shown better than untrained') and f'{length.capitalize()}: ' in told(judgements(r), '5').data
+    with pytest.raises(SettingsError, match=f'no VLMs with a {length}: the study {length[-7:].replace(" ", "")} has them'):
+        of_length(Results('mini', write(tmp_path, more=[('clip', wrong)])), length)
     early = 'samples=24576 warmup=0.8'
-    r = Results('mini', write(tmp_path, answers={'clip': blind, 'dino': blind, ('clip', f'{early} {most}'): lambda c: .8}, more=[('clip', early), ('clip', f'{early} {most}'), *((o, most) for o in ('clip', 'dino', 'untrained'))]))
+    r = Results('mini', write(tmp_path, answers={'clip': blind, 'dino': blind, ('clip', f'{early} {most}'): lambda c: .8},
+                              more=[('clip', early), ('clip', f'{early} {most}'), *((o, most) for o in ('clip', 'dino', 'untrained'))]))
     both = judge(r, matching='accuracy', length=length).set_index('claim')
     assert both.effect['5'] == pytest.approx(50, abs=8) and both.verdict['5'] == 'replicated' and judge(r, length=length).effect.abs().max() < 8
     with pytest.raises(SettingsError, match="length='long' is not one of shorter stage 1, longer stage 2"): of_length(r, 'long')
 
 def test_results_on_real_sets_come_first(tmp_path):
     "ImageNet for classes, cars and birds for families, a labelled set's curve for the matching, and questions of any set"
-    early, folder = 'samples=24576 warmup=0.8', write(tmp_path, values={('clip', 'object'): .9, ('samples=24576 warmup=0.8', 'object'): .8}, more=[('clip', 'samples=24576 warmup=0.8')], **{k: AS_THE_PAPER[k] for k in ('answers',)})
+    early, folder = 'samples=24576 warmup=0.8', write(tmp_path,
+                                                      values={('clip', 'object'): .9, ('samples=24576 warmup=0.8', 'object'): .8},
+                                                      more=[('clip', 'samples=24576 warmup=0.8')],
+                                                      **{k: AS_THE_PAPER[k] for k in ('answers',)})
     t = read_table(folder/'probe_mini.csv')
     own = t.encoder.str.startswith('clip-mini')
-    def made(task, gap): return t[t.task == 'object'].assign(task=task, value=lambda r: .5 + gap*own, low=lambda r: .49 + gap*own, high=lambda r: .51 + gap*own)
+    def made(task, gap):
+        return t[t.task == 'object'].assign(task=task, value=lambda r: .5 + gap*own, low=lambda r: .49 + gap*own,
+                                            high=lambda r: .51 + gap*own)
     pd.concat([t, made('imagenet', 0.), made('cars', .2), made('cub', .1), made('flowers', -.1)]).to_csv(folder/'probe_mini.csv', index=False)
     curves = read_table(folder/'pretrain_mini.csv')
     curves.assign(task=curves.task.replace('object', 'classes')).to_csv(folder/'pretrain_mini.csv', index=False)
-    for k in 'questions', 'vmcbench': read_table(folder/f'{k}_mini.csv').assign(questions='VMCBench test').to_csv(folder/f'{k}_mini.csv', index=False)
+    for k in 'questions', 'vmcbench':
+        read_table(folder/f'{k}_mini.csv').assign(questions='VMCBench test').to_csv(folder/f'{k}_mini.csv', index=False)
     r = Results('mini', folder)
     v = judge(r).set_index('claim')
     assert v.effect['1'] == pytest.approx(0) and v.effect['2'] == pytest.approx(15) and v.verdict['5'] == 'replicated' and r.questions.name == 'VMCBench test'
@@ -218,13 +253,16 @@ def test_questions_of_several_sets_are_not_mixed(tmp_path):
     t, q = (read_table(folder/f'{k}_mini.csv') for k in ('vmcbench', 'questions'))
     pd.concat([t, t.assign(questions='dev', fingerprint='d', **{k: t[k].str[:100] for k in ('letter', 'likely', 'calibrated')})]).to_csv(folder/'vmcbench_mini.csv', index=False)
     pd.concat([q, q[:100].assign(questions='dev', fingerprint='d')]).to_csv(folder/'questions_mini.csv', index=False)
-    with pytest.raises(SettingsError, match=f"answered the questions dev and {QUESTIONS.name}; asked='' must be one of these"): Results('mini', folder).answers
+    with pytest.raises(SettingsError, match=f"answered the questions dev and {QUESTIONS.name}; asked='' must be one of these"):
+        Results('mini', folder).answers
     assert [len(Results('mini', folder, asked).questions) for asked in ('dev', QUESTIONS.name)] == [100, N]
     q[:900].to_csv(folder/'questions_mini.csv', index=False)
     with pytest.raises(SettingsError, match='questions_mini.csv must have the questions'): Results('mini', folder, QUESTIONS.name).questions
 
 def test_numbers_as_they_are_printed():
-    c = pd.DataFrame([dict(effect=-.04, low=-4.13, high=4.05, unit='points'), dict(effect=-.004, low=math.nan, high=math.nan, unit='cosine'), dict(effect=math.nan, low=math.nan, high=math.nan, unit='points')])
+    c = pd.DataFrame([dict(effect=-.04, low=-4.13, high=4.05, unit='points'),
+                      dict(effect=-.004, low=math.nan, high=math.nan, unit='cosine'),
+                      dict(effect=math.nan, low=math.nan, high=math.nan, unit='points')])
     assert [measured(r) for r in c.itertuples()] == ['+0.0 points [-4.1,\xa0+4.0]', '+0.00', '']
 
 def test_an_effect_between_few_seeds_and_many_pictures():
@@ -247,7 +285,9 @@ def test_seeds_that_agree_and_share_nothing():
     e = effect((1., 1.))
     assert (e.above(0), e.below(0), e.interval()) == (0., 1., (1., 1.))
 
-@pytest.mark.parametrize('value, se, sign, verdict, p', [(3., 1., 1, 'replicated', .0027), (-3., 1., 1, 'reversed', .0027), (0., .5, 0, 'replicated', 3.17e-5), (1.9, 1., 0, 'replicated', .46), (5., 1., 0, 'reversed', .0027)])
+@pytest.mark.parametrize('value, se, sign, verdict, p', [(3., 1., 1, 'replicated', .0027), (-3., 1., 1, 'reversed', .0027),
+                                                         (0., .5, 0, 'replicated', 3.17e-5), (1.9, 1., 0, 'replicated', .46),
+                                                         (5., 1., 0, 'reversed', .0027)])
 def test_tests_by_hand(value, se, sign, verdict, p):
     got, shows = outcome(Effect(value, (value,), se), sign)
     assert shows == verdict and got == pytest.approx(p, rel=.01)
@@ -274,22 +314,33 @@ def test_results_that_are_refused(tmp_path):
     with pytest.raises(SettingsError, match='runs_mini.csv is not there'): Results('mini', tmp_path)
     with pytest.raises(SettingsError, match=f'version 9, and this code knows up to {RESULTS}'): changed(write(tmp_path), 'runs', version=9)
     with pytest.raises(SettingsError, match='has rows of small'): changed(write(tmp_path), 'runs', preset='small')
-    with pytest.raises(SettingsError, match='two rows about clip-mini-s1, with settings other and '): changed(write(tmp_path), 'runs', run='clip-mini-s1', settings='other')
-    with pytest.raises(SettingsError, match='speak of the encoder stranger, of which'): changed(write(tmp_path), 'probe', encoder='stranger').probe
-    with pytest.raises(SettingsError, match='clip-mini-s0 has weights wclip0 in one table and zzz in another'): changed(write(tmp_path), 'probe', weights='zzz').probe
-    with pytest.raises(SettingsError, match='clip-mini-s0 has weights wclip0 in one table and zzz in another'): changed(write(tmp_path), 'vmcbench', encoder_weights='zzz').answers
-    with pytest.raises(SettingsError, match='speak of the VLM stranger, of which'): changed(write(tmp_path), 'vmcbench', vlm='stranger').answers
-    with pytest.raises(SettingsError, match='vlm-dino-1- was trained again since its answers were scored: score it again'): changed(write(tmp_path), 'runs', weights='zzz', where='vlm-dino-1-').answers
+    with pytest.raises(SettingsError, match='two rows about clip-mini-s1, with settings other and '):
+        changed(write(tmp_path), 'runs', run='clip-mini-s1', settings='other')
+    with pytest.raises(SettingsError, match='speak of the encoder stranger, of which'):
+        changed(write(tmp_path), 'probe', encoder='stranger').probe
+    with pytest.raises(SettingsError, match='clip-mini-s0 has weights wclip0 in one table and zzz in another'):
+        changed(write(tmp_path), 'probe', weights='zzz').probe
+    with pytest.raises(SettingsError, match='clip-mini-s0 has weights wclip0 in one table and zzz in another'):
+        changed(write(tmp_path), 'vmcbench', encoder_weights='zzz').answers
+    with pytest.raises(SettingsError, match='speak of the VLM stranger, of which'):
+        changed(write(tmp_path), 'vmcbench', vlm='stranger').answers
+    with pytest.raises(SettingsError, match='vlm-dino-1- was trained again since its answers were scored: score it again'):
+        changed(write(tmp_path), 'runs', weights='zzz', where='vlm-dino-1-').answers
     assert len(changed(tmp_path, 'vmcbench', where='vmcbench-dino-1-', saved='').answers) == len(OBJECTIVES)*len(SEEDS), 'scored before it was noted'
 
 def test_results_that_do_not_belong_together_are_refused(tmp_path):
-    with pytest.raises(SettingsError, match='probe-clip-0-: made with other settings than the preset mini stands for now'): changed(write(tmp_path), 'runs', settings='of an older preset', where='probe-clip-0-')
+    with pytest.raises(SettingsError, match='probe-clip-0-: made with other settings than the preset mini stands for now'):
+        changed(write(tmp_path), 'runs', settings='of an older preset', where='probe-clip-0-')
     r = read_table(write(tmp_path, more=[('clip', 'connector=linear')])/'runs_mini.csv')
     assert (r.variant == 'connector=linear').sum() == 3
-    with pytest.raises(SettingsError, match='made with other settings than connector=linear'): changed(tmp_path, 'runs', settings='other', where='vlm-clip-1-connector=linear')
-    with pytest.raises(SettingsError, match='clip-mini-s0 and dino-mini-s1 were trained on different data'): changed(write(tmp_path), 'runs', data='other', where='dino-mini-s1')
-    with pytest.raises(SettingsError, match='speak of the run analysis-dino-1-, of which'): changed(write(tmp_path), 'runs', run='analysis-renamed', where='analysis-dino-1-').analysis
-    with pytest.raises(SettingsError, match='clip-mini-s0 has weights wclip0 in one table and zzz in another'): changed(write(tmp_path), 'analysis', weights='zzz').analysis
+    with pytest.raises(SettingsError, match='made with other settings than connector=linear'):
+        changed(tmp_path, 'runs', settings='other', where='vlm-clip-1-connector=linear')
+    with pytest.raises(SettingsError, match='clip-mini-s0 and dino-mini-s1 were trained on different data'):
+        changed(write(tmp_path), 'runs', data='other', where='dino-mini-s1')
+    with pytest.raises(SettingsError, match='speak of the run analysis-dino-1-, of which'):
+        changed(write(tmp_path), 'runs', run='analysis-renamed', where='analysis-dino-1-').analysis
+    with pytest.raises(SettingsError, match='clip-mini-s0 has weights wclip0 in one table and zzz in another'):
+        changed(write(tmp_path), 'analysis', weights='zzz').analysis
 
 def test_a_run_that_read_another_layer_is_none_of_the_main_ones(tmp_path):
     r = changed(write(tmp_path), 'runs', variant='layer=-2', settings='other', where='probe-clip-2-')
@@ -335,8 +386,12 @@ def test_variants_are_not_mixed_with_the_main_runs(tmp_path):
 
 BOTH_LLMS = [(o, 'llm=other') for o in ('clip', 'dino')]
 
-@pytest.mark.parametrize('clip, dino, own, verdict', [(.6, .5, (.9, .6), 'replicated'), (1., .65, (.45, .5), 'replicated'), (.8, .5, (.9, .8), 'reversed'), (.9, .8, (.8, .5), 'reversed'), (.9, .5, (.8, .6), 'dino not shown to answer more with one of them'),
-                                                     (.9, .45, (.6, .6), 'dino not shown to answer more with one of them'), (.25, .25, (.9, .5), 'clip not shown above chance with both'), (.9, .5, (.4, .25), 'dino not shown above chance with both')])
+@pytest.mark.parametrize('clip, dino, own, verdict', [(.6, .5, (.9, .6), 'replicated'), (1., .65, (.45, .5), 'replicated'),
+                                                      (.8, .5, (.9, .8), 'reversed'), (.9, .8, (.8, .5), 'reversed'),
+                                                      (.9, .5, (.8, .6), 'dino not shown to answer more with one of them'),
+                                                     (.9, .45, (.6, .6), 'dino not shown to answer more with one of them'),
+                                                     (.25, .25, (.9, .5), 'clip not shown above chance with both'),
+                                                     (.9, .5, (.4, .25), 'dino not shown above chance with both')])
 def test_gaps_with_two_language_models(tmp_path, clip, dino, own, verdict):
     "Whichever is the better one; and the claim means nothing if one of them is not better for both encoders, or the other good for nothing"
     shares = {('clip', 'llm=other'): clip, ('dino', 'llm=other'): dino, ('clip', ''): own[0], ('dino', ''): own[1]}
@@ -359,11 +414,13 @@ def test_seeds_that_both_language_models_have(tmp_path):
     e = CLAIMS['8'].f(Results('mini', tmp_path))
     assert (e.value, e.within, e.seeds) == (0, 0, (0, 0)), 'the same answers, of two of three seeds'
     pd.concat([own, same[same.encoder.str.startswith(('clip-mini-s0', 'dino-mini-s1'))]]).to_csv(tmp_path/'vmcbench_mini.csv', index=False)
-    with pytest.raises(SettingsError, match='llm=other and that of the preset, have no seed in common'): CLAIMS['8'].f(Results('mini', tmp_path))
+    with pytest.raises(SettingsError, match='llm=other and that of the preset, have no seed in common'):
+        CLAIMS['8'].f(Results('mini', tmp_path))
     write(tmp_path, **AS_THE_PAPER, more=[*BOTH_LLMS, ('clip', 'llm=third')])
     assert CLAIMS['8'].f(Results('mini', tmp_path)).seeds, 'what one objective has alone is no second language model'
     write(tmp_path, **AS_THE_PAPER, more=[*BOTH_LLMS, ('clip', 'llm=third'), ('dino', 'llm=third')])
-    with pytest.raises(SettingsError, match='one language model besides that of the preset, and there are llm=other, llm=third'): CLAIMS['8'].f(Results('mini', tmp_path))
+    with pytest.raises(SettingsError, match='one language model besides that of the preset, and there are llm=other, llm=third'):
+        CLAIMS['8'].f(Results('mini', tmp_path))
 
 def test_claims_without_runs_make_others_no_surer(tmp_path):
     every, some = judged(tmp_path, **AS_THE_PAPER), judged(tmp_path, **AS_THE_PAPER, drop=[('clip-lm', s) for s in SEEDS])
@@ -396,8 +453,10 @@ def test_real_runs_become_tables(tmp_path, monkeypatch, capsys):
     program(analysis, '--encoders clip-smoke-s0,clip-smoke-s1')
     shown = {r['name']: r for r in map(json.loads, re.findall(r'^{"name".*', capsys.readouterr().out, re.M))}
     assert shown.keys() == {d.parent.name for d in (tmp_path/'runs').glob('*/result.json')}
-    score, probes = (json.loads((tmp_path/'runs'/name/'result.json').read_text()) for name in ('score-vlm-clip-smoke-s1', 'probe-clip-smoke-s0'))
-    assert shown[score['name']]['twenty'] == {p: {k: t['twenty']['overall'][k] for k in ('value', 'interval')} for p, t in score['score']['protocols'].items()}
+    score, probes = (json.loads((tmp_path/'runs'/name/'result.json').read_text())
+                     for name in ('score-vlm-clip-smoke-s1', 'probe-clip-smoke-s0'))
+    assert shown[score['name']]['twenty'] == {p: {k: t['twenty']['overall'][k] for k in ('value', 'interval')}
+                                              for p, t in score['score']['protocols'].items()}
     assert shown[probes['name']]['linear']['object'] == pytest.approx(probes['tasks']['object']['linear']['top1'], abs=1e-4)
     (tmp_path/'runs/cut').mkdir()
     for f in 'settings.json', 'result.json': (tmp_path/'runs/cut'/f).write_text('{')

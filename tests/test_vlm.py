@@ -60,7 +60,8 @@ def pictures(shapes=((32, 32), (20, 44), (61, 35)), smooth=False):
 
 def inputs(processor, questions, pictures):
     "What a user of transformers gives the model"
-    chats = [[dict(role='user', content=[*[dict(type='image')]*(p is not None), dict(type='text', text=q)])] for q, p in zip(questions, pictures)]
+    chats = [[dict(role='user', content=[*[dict(type='image')]*(p is not None), dict(type='text', text=q)])]
+             for q, p in zip(questions, pictures)]
     texts = [processor.apply_chat_template(c, add_generation_prompt=True) for c in chats]
     return processor(images=[p for p in pictures if p is not None] or None, text=texts, return_tensors='pt', padding=True)
 
@@ -83,7 +84,8 @@ def elsewhere(top, f, *args):
 
 # ---- what is saved
 
-@pytest.mark.parametrize('how', [dict(), dict(encoder=MINI, connector='resampler'), dict(connector='pool', image_tokens=4, layer=-1, template='vicuna')], ids=str)
+@pytest.mark.parametrize('how', [dict(), dict(encoder=MINI, connector='resampler'),
+                                 dict(connector='pool', image_tokens=4, layer=-1, template='vicuna')], ids=str)
 def test_the_saved_model_is_the_trained_one(how):
     "From pixels and text through transformers, against our path: cached patch tokens, connector, language model, head"
     name = f'parity-{"-".join(map(str, how.values()))}'.replace(':', '-')
@@ -130,7 +132,8 @@ def fresh(folder, tmp_path):
     x = inputs(AutoProcessor.from_pretrained(folder), QUESTIONS, pictures())
     torch.save(dict(x), tmp_path/'x.pt')
     env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
-    done = subprocess.run([sys.executable, '-c', FRESH, str(Path(folder).absolute()), 'x.pt', 'out.pt'], env=env, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', FRESH, str(Path(folder).absolute()), 'x.pt', 'out.pt'], env=env, cwd=tmp_path,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return torch.load(tmp_path/'out.pt', weights_only=True)
 
@@ -148,7 +151,8 @@ def test_every_connector_opens_again(connector):
     assert result['tower'] == 'Tower' and result['image_tokens'] == (16 if connector in ('mlp', 'linear') else 4)
     logits, text = said(folder)
     model = load_vlm(folder).model
-    assert type(model.model.multi_modal_projector).__name__ == dict(mlp='LlavaMultiModalProjector', linear='Linear', pool='Pool', resampler='Resampler')[connector]
+    assert type(model.model.multi_modal_projector).__name__ == dict(mlp='LlavaMultiModalProjector', linear='Linear', pool='Pool',
+                                                                    resampler='Resampler')[connector]
     if connector == 'mlp': assert torch.equal(said(folder, LlavaForConditionalGeneration)[0], logits)
     x = inputs(AutoProcessor.from_pretrained(folder), QUESTIONS, pictures())
     with torch.no_grad(): assert torch.equal(model(**x).logits, logits) and torch.isfinite(logits[x['attention_mask'] > 0]).all()
@@ -159,7 +163,9 @@ def test_answers_do_not_depend_on_what_is_asked_beside_them():
     vlm = load_vlm(folder)
     model, processor = vlm.model, vlm.processor
     pics, questions = [*pictures(), None], [*QUESTIONS, 'Hello?']
-    def answers(*ids): return model.generate(**inputs(processor, [questions[i] for i in ids], [pics[i] for i in ids]), max_new_tokens=6, do_sample=False)[:, -6:].tolist()
+    def answers(*ids):
+        return model.generate(**inputs(processor, [questions[i] for i in ids], [pics[i] for i in ids]), max_new_tokens=6,
+                              do_sample=False)[:, -6:].tolist()
     assert answers(0, 1, 2, 3) == [answers(i)[0] for i in range(4)]
 
 # ---- towers
@@ -178,25 +184,33 @@ def of_transformers(kind, folder, size=32, **more):
     given = dict(VIT, **more)
     if kind in ('CLIP', 'Siglip'): given = dict(vision_config=given, text_config=TEXT, **dict(projection_dim=16) if kind == 'CLIP' else {})
     noisy(getattr(transformers, f'{kind}Model')(getattr(transformers, f'{kind}Config')(**given))).save_pretrained(folder)
-    (folder/'preprocessor_config.json').write_text(json.dumps(dict(size=dict(height=size, width=size), image_mean=[.4, .5, .6], image_std=[.2, .3, .2])))
+    (folder/'preprocessor_config.json').write_text(json.dumps(dict(size=dict(height=size, width=size), image_mean=[.4, .5, .6],
+                                                                   image_std=[.2, .3, .2])))
     return f'hf:{folder}'
 
 def of_open_clip(folder, quick=False, **vision):
     "A small model in a folder"
     import open_clip
     folder.mkdir()
-    cfg = dict(embed_dim=16, quick_gelu=quick, vision_cfg=dict(image_size=32, layers=3, width=64, patch_size=8, **vision), text_cfg=dict(context_length=8, vocab_size=49408, width=32, heads=2, layers=1))
+    cfg = dict(embed_dim=16, quick_gelu=quick, vision_cfg=dict(image_size=32, layers=3, width=64, patch_size=8, **vision),
+               text_cfg=dict(context_length=8, vocab_size=49408, width=32, heads=2, layers=1))
     (folder/'open_clip_config.json').write_text(json.dumps(dict(model_cfg=cfg, preprocess_cfg=dict(mean=[.4, .5, .6], std=[.2, .3, .2]))))
     torch.save(noisy(open_clip.CLIP(**cfg)).state_dict(), folder/'open_clip_pytorch_model.bin')
     return f'open_clip:local-dir:{folder}'
 
-TOWERS = dict(  # what makes the encoder's name; its tower at layer -2, and at -1: transformers' class, our Tower, or None where there is none
+# what makes the encoder's name; its tower at layer -2, and at -1: transformers' class, our Tower, or None where there is none
+TOWERS = dict(
     vit=(lambda d: TINY, 'ViTModel', 'Tower'), stem=(lambda d: MINI, 'Tower', 'Tower'), cnn=(lambda d: 'random:resnet18', 'Tower', 'Tower'),
-    registers=(lambda d: 'random:vit_small_patch16_dinov3', 'Tower', 'Tower'), register_pooled=(lambda d: 'random:vit_pwee_patch16_reg1_gap_256', 'Tower', 'Tower'),  # the first with rotary tables that are not saved
-    clip=(lambda d: of_transformers('CLIP', d), 'CLIPVisionModel', 'Tower'), dinov2=(lambda d: of_transformers('Dinov2', d, mlp_ratio=2), 'Dinov2Model', 'Tower'),
-    hf_vit=(lambda d: of_transformers('ViT', d), 'ViTModel', 'Tower'), dinov2_registers=(lambda d: of_transformers('Dinov2WithRegisters', d, mlp_ratio=2), 'Tower', 'Tower'),
+    registers=(lambda d: 'random:vit_small_patch16_dinov3', 'Tower', 'Tower'),
+    register_pooled=(lambda d: 'random:vit_pwee_patch16_reg1_gap_256', 'Tower', 'Tower'),  # the first with rotary tables that are not saved
+    clip=(lambda d: of_transformers('CLIP', d), 'CLIPVisionModel', 'Tower'),
+    dinov2=(lambda d: of_transformers('Dinov2', d, mlp_ratio=2), 'Dinov2Model', 'Tower'),
+    hf_vit=(lambda d: of_transformers('ViT', d), 'ViTModel', 'Tower'),
+    dinov2_registers=(lambda d: of_transformers('Dinov2WithRegisters', d, mlp_ratio=2), 'Tower', 'Tower'),
     siglip=(lambda d: of_transformers('Siglip', d), 'Tower', 'Tower'), larger=(lambda d: of_transformers('CLIP', d, 48), 'Tower', 'Tower'),
-    open_clip=(lambda d: of_open_clip(d), 'CLIPVisionModel', None), open_clip_quick=(lambda d: of_open_clip(d, quick=True), 'CLIPVisionModel', None), open_clip_pooled=(lambda d: of_open_clip(d, pool_type='avg'), 'CLIPVisionModel', None))
+    open_clip=(lambda d: of_open_clip(d), 'CLIPVisionModel', None),
+    open_clip_quick=(lambda d: of_open_clip(d, quick=True), 'CLIPVisionModel', None),
+    open_clip_pooled=(lambda d: of_open_clip(d, pool_type='avg'), 'CLIPVisionModel', None))
 
 @pytest.mark.parametrize('case', TOWERS)
 def test_a_tower_gives_the_encoders_patch_tokens(tmp_path, case):
@@ -206,7 +220,9 @@ def test_a_tower_gives_the_encoders_patch_tokens(tmp_path, case):
     for layer, kind in zip((-2, -1), kinds):
         e = load_encoder(name)
         if kind is None:
-            with pytest.raises(SettingsError, match=f'has no form among vision towers that gives its patch tokens at layer {layer} from pictures of {e.size} px') as said: tower_of(e, layer)
+            with pytest.raises(SettingsError,
+                               match=f'has no form among vision towers that gives its patch tokens at layer {layer} from pictures of {e.size} px') as said:
+                tower_of(e, layer)
             assert '\n' not in str(said.value)
             continue
         x = torch.randn(2, 3, e.size, e.size, generator=generator(1))
@@ -230,7 +246,9 @@ def test_vlms_on_encoders_of_other_libraries_open_again(tmp_path, case):
     torch.testing.assert_close(tower_tokens(model.model.vision_tower.eval(), x, -2), e.tokens(x, (-2,))[0][1], atol=1e-4, rtol=1e-4)
 
 def test_a_layer_that_no_connector_fits_is_refused():
-    with pytest.raises(SettingsError, match='random:resnet18 makes 196 tokens of width 256 at layer -2, and 49 of width 512 at its end, which a VLM reads with layer=-1'): parts(smoke('cnn', encoder='random:resnet18'))
+    with pytest.raises(SettingsError,
+                       match='random:resnet18 makes 196 tokens of width 256 at layer -2, and 49 of width 512 at its end, which a VLM reads with layer=-1'):
+        parts(smoke('cnn', encoder='random:resnet18'))
 
 # ---- what is trained, and what is not
 
@@ -272,7 +290,8 @@ def llava_data(d, n=48, text=.6):
     r, rows = random.Random(0), []
     for k in range(n):
         q, a = f'What is in {r.choice("abcdef")*r.randrange(1, 9)}?', ' '.join(['cat', 'dog', 'two'][r.randrange(3)] for _ in range(r.randrange(1, 12)))
-        rows.append(dict(id=str(k), conversations=turns(q, a, 'And?', 'No')) if r.random() < text else dict(id=str(k), image=f'{k % 7}.png', conversations=turns(f'<image>\n{q}', a)))
+        rows.append(dict(id=str(k), conversations=turns(q, a, 'And?', 'No'))
+                    if r.random() < text else dict(id=str(k), image=f'{k % 7}.png', conversations=turns(f'<image>\n{q}', a)))
     path, folder = written(d, rows, [f'{k}.png' for k in range(7)])
     return f'{path}:{folder}'
 
@@ -295,7 +314,8 @@ def steps(run, stage, n=3):
     p, losses, grads = parts(run), [], {}
     s = Stage(p, stage)
     step = s.opt.step
-    def record(): grads.update({k: v.grad.numpy().copy() for k, v in p.reader.named_parameters() if v.grad is not None and k not in grads}), step()
+    def record():
+        grads.update({k: v.grad.numpy().copy() for k, v in p.reader.named_parameters() if v.grad is not None and k not in grads}), step()
     s.opt.step = record
     for k in range(n): losses.append(s.update(s.parts(k)))
     assert grads.keys() == {k for k, v in p.reader.named_parameters() if v.requires_grad}
@@ -345,7 +365,8 @@ def test_several_processes_are_one(top, tmp_path, stage, given):
 @pytest.mark.parametrize('given', [{}, dict(micro=1, lora=2, recompute=True)], ids=str)
 def test_weights_that_are_split_over_processes(top, tmp_path, given):
     "Gradients of the parts that a process holds, put together, are those of one process; so is the end, also after a cut"
-    given = dict(dict(stage2_data=llava_data(tmp_path), stage1_batch=4, stage2_batch=4, stage1_samples=8, stage2_samples=32, save_every=12, connector='resampler', encoder=MINI), **given)
+    given = dict(dict(stage2_data=llava_data(tmp_path), stage1_batch=4, stage2_batch=4, stage1_samples=8, stage2_samples=32, save_every=12,
+                      connector='resampler', encoder=MINI), **given)
     one = trained(f'one{len(given)}', **given)[0]
     run = smoke(f'split{len(given)}', shard=True, **given)
     (top/'runs'/run.name).mkdir(parents=True)
@@ -355,13 +376,16 @@ def test_weights_that_are_split_over_processes(top, tmp_path, given):
     a, b = (load_file(f'runs/{n}/model.safetensors') for n in (one.name, run.name))
     assert a.keys() == b.keys()
     for k in a: torch.testing.assert_close(b[k], a[k], atol=2e-4, rtol=0)
-    for x, y in zip(*(Metrics.read(f'runs/{n}/metrics.jsonl') for n in (one.name, run.name)), strict=True): assert (x['step'], x['loss'], x['grad_norm']) == (y['step'], pytest.approx(y['loss'], rel=1e-3), pytest.approx(y['grad_norm'], rel=1e-3))
+    for x, y in zip(*(Metrics.read(f'runs/{n}/metrics.jsonl') for n in (one.name, run.name)), strict=True):
+        assert (x['step'], x['loss'], x['grad_norm']) == (y['step'], pytest.approx(y['loss'], rel=1e-3),
+                                                          pytest.approx(y['grad_norm'], rel=1e-3))
     load_vlm(run.name)
 
 @pytest.mark.parametrize('given', [{}, dict(lora=2, micro=1)], ids=str)
 def test_three_processes_that_were_cut(top, tmp_path, given):
     "From three on, a sum depends on the order of its terms"
-    given = dict(stage2_data=llava_data(tmp_path), stage1_batch=6, stage2_batch=6, stage1_samples=24, stage2_samples=48, save_every=12, connector='resampler', encoder=MINI, **given)
+    given = dict(stage2_data=llava_data(tmp_path), stage1_batch=6, stage2_batch=6, stage1_samples=24, stage2_samples=48, save_every=12,
+                 connector='resampler', encoder=MINI, **given)
     ends = []
     for name, cuts in ('straight', ()), ('cut', (3, 5)):
         run = smoke(f'three-{name}-{len(given)}', **given)
@@ -417,12 +441,14 @@ def run_in(top, run):
 def made(folder):
     "All that a run leaves, without what was measured with a clock"
     rows = [{k: v for k, v in r.items() if k not in ('per_s', 'waited')} for r in Metrics.read(folder/'metrics.jsonl')]
-    result = {k: v for k, v in json.loads((folder/'result.json').read_text()).items() if k not in ('name', 'seconds_of_last_start', 'environment')}
+    result = {k: v for k, v in json.loads((folder/'result.json').read_text()).items()
+              if k not in ('name', 'seconds_of_last_start', 'environment')}
     return rows, result, (folder/'model.safetensors').read_bytes(), sorted(p.name for p in folder.iterdir())
 
 MOMENTS = dict(  # what is there when the process is killed
     stage1=lambda d: len(Metrics.read(d/'metrics.jsonl')) > 5, between=lambda d: (d/'stage1/state-000000020.safetensors').exists(),
-    stage2=lambda d: len(Metrics.read(d/'metrics.jsonl')) > 27, writing=lambda d: any((d/'stage2').glob('.state*')), saving=lambda d: (d/'.vlm').exists())
+    stage2=lambda d: len(Metrics.read(d/'metrics.jsonl')) > 27, writing=lambda d: any((d/'stage2').glob('.state*')),
+    saving=lambda d: (d/'.vlm').exists())
 
 @pytest.mark.parametrize('given', [dict(questions=40, micro=5), dict(lora=2, connector='pool', encoder=MINI)], ids=['plain', 'lora'])
 def test_killed_at_any_moment(top, given):
@@ -464,7 +490,9 @@ def test_damaged_states(monkeypatch, capsys, given):
     "The one before it serves; without one the stage begins again; the end is the same"
     given = dict(given, stage1_batch=8, stage2_batch=8, save_every=16, seed=5)
     whole = trained(f'sound{len(given)}', **given)[0]
-    for k, damage in enumerate([['stage2/state-000000006'], ['stage2/state-000000006', 'stage2/state-000000004'], ['stage1/state-000000008'], ['stage1/state-000000008', 'stage2/state-000000006', 'stage2/state-000000004']]):
+    for k, damage in enumerate([['stage2/state-000000006'], ['stage2/state-000000006', 'stage2/state-000000004'],
+                                ['stage1/state-000000008'], ['stage1/state-000000008', 'stage2/state-000000006',
+                                                             'stage2/state-000000004']]):
         run = smoke(f'damaged{k}-{len(given)}', **given)
         cut(run, 2, 7, monkeypatch)
         for f in damage: spoil(Path('runs')/run.name/f'{f}.safetensors')
@@ -488,13 +516,15 @@ def test_other_settings_or_data_are_refused_by_name(tmp_path, monkeypatch):
         with pytest.raises(SettingsError, match=f'changed was begun with other settings: {k} was'): train_vlm(replace(run, **{k: v}))
     with monkeypatch.context() as m:
         m.setitem(TEMPLATES, 'vicuna', TEMPLATES['vicuna'].replace('curious', 'sleepy'))
-        with pytest.raises(SettingsError, match='changed was begun with other settings: the data or models that it reads are others now'): train_vlm(run)
+        with pytest.raises(SettingsError, match='changed was begun with other settings: the data or models that it reads are others now'):
+            train_vlm(run)
         m.undo()
         m.setattr('clipdino.vlm.precision_of', lambda run: 'bf16')
         with pytest.raises(SettingsError, match='changed was begun in fp32 and would go on in bf16 here'): train_vlm(run)
     text = (tmp_path/'list.json').read_text()
     (tmp_path/'list.json').write_text(text.replace('cat', 'cow', 1))
-    with pytest.raises(SettingsError, match='changed was begun with other settings: the data or models that it reads are others now'): train_vlm(run)
+    with pytest.raises(SettingsError, match='changed was begun with other settings: the data or models that it reads are others now'):
+        train_vlm(run)
     (tmp_path/'list.json').write_text(text)
     assert train_vlm(replace(run, save_every=16))['stages'][1]['seen'] == 64
 
@@ -531,7 +561,8 @@ def test_what_is_not_finite_stops_the_run_before_it_does_harm():
     p.seen[0].rows = s.seen.rows = np.array(good)
     bad = int(s.batches.rows(2)['pictures'][3])
     p.seen[0].rows[bad, 1, 1] = np.nan
-    with pytest.raises(NonFinite, match=r'stage 1, step 2: loss nan, gradient norm nan; no weight was changed. Its conversations: \d+(, \d+){7} ...'): s.fit()
+    with pytest.raises(NonFinite, match=r'stage 1, step 2: loss nan, gradient norm nan; no weight was changed. Its conversations: \d+(, \d+){7} ...'):
+        s.fit()
     assert s.step == 2 and all(v.isfinite().all() for v in p.reader.parameters()) and len(p.metrics.rows()) == 2
     s = Stage(p, 2)
     with torch.no_grad(): next(p.reader.lm.parameters())[0, 0] = np.inf
@@ -542,7 +573,8 @@ def test_what_is_not_finite_stops_the_run_before_it_does_harm():
 def test_features_that_are_not_finite_are_refused():
     run, e = smoke('x'), load_encoder(TINY)
     e.blocks[0].mlp.fc1.weight.data[0] = np.nan
-    with pytest.raises(SettingsError, match='features of picture 0 of world are not finite under random:clipdino_vit_smoke'): Seen(e, make_chats(run, 1, e.mean).pictures, run)
+    with pytest.raises(SettingsError, match='features of picture 0 of world are not finite under random:clipdino_vit_smoke'):
+        Seen(e, make_chats(run, 1, e.mean).pictures, run)
 
 # ---- adapters
 
@@ -556,10 +588,12 @@ def test_adapters_are_trained_alone_and_then_become_part_of_the_model():
     assert {'.'.join(n.split('.')[-4:-1]) for n, v in p.reader.named_parameters() if '.lora_A' in n} == {f'{m}.lora_A.default' for m in ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')}
     before = {n: v.clone() for n, v in p.reader.named_parameters() if '.lora_' in n}
     s.fit()
-    with safe_open(max(s.folder.glob('state-*')), 'pt') as f: assert {k[6:] for k in f.keys() if k.startswith('model.')} == {n for n, v in p.reader.named_parameters() if v.requires_grad}, 'what is frozen is not saved'
+    with safe_open(max(s.folder.glob('state-*')), 'pt') as f:
+        assert {k[6:] for k in f.keys() if k.startswith('model.')} == {n for n, v in p.reader.named_parameters() if v.requires_grad}, 'what is frozen is not saved'
     after = p.reader.state_dict()
     assert not any(torch.equal(v, after[n]) for n, v in before.items())
-    assert same({n.removeprefix('lm.').replace('.base_layer', ''): v for n, v in after.items() if n.startswith('lm.') and '.lora_' not in n}, llm)
+    assert same({n.removeprefix('lm.').replace('.base_layer', ''): v
+                 for n, v in after.items() if n.startswith('lm.') and '.lora_' not in n}, llm)
     x = inputs(p.processor, QUESTIONS, pictures())
     with torch.no_grad():
         adapted = p.vlm(**x).logits
@@ -574,22 +608,27 @@ def test_a_run_with_adapters_leaves_a_plain_llava(tmp_path):
 
 # ---- language models
 
-SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=None)
+SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, bos_token_id=1,
+             eos_token_id=2, pad_token_id=None)
 
 def language_model(d, kind='Llama', template=TEMPLATES['vicuna'], spare=0, mark=True, **config):
     "A small one with a tokenizer of its own; its generation settings are as Vicuna's, which transformers will not save"
     t = Tokenizer(models.BPE())
     t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    t.train_from_iterator([], trainers.BpeTrainer(special_tokens=['?', '<s>', '</s>'] + ['<image>']*mark, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=t, chat_template=template, bos_token='<s>', eos_token='</s>', unk_token='?')
+    t.train_from_iterator([], trainers.BpeTrainer(special_tokens=['?', '<s>', '</s>'] + ['<image>']*mark,
+                                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=t, chat_template=template, bos_token='<s>', eos_token='</s>',
+                                                     unk_token='?')
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f'{kind}Config')(**SIZES, vocab_size=len(tokenizer) + spare, **config))
     noisy(model).save_pretrained(d)
     tokenizer.save_pretrained(d)
     (d/'generation_config.json').write_text(json.dumps(dict(bos_token_id=1, eos_token_id=2, temperature=.9, top_p=.6, do_sample=False)))
     return str(d)
 
-LLMS = dict(llama=dict(), llama_tied=dict(tie_word_embeddings=True, spare=13), llama_without_mark=dict(mark=False), tied_without_mark=dict(mark=False, tie_word_embeddings=True), spare_without_mark=dict(mark=False, spare=3),
-            qwen2=dict(kind='Qwen2', tie_word_embeddings=True), qwen2_untied=dict(kind='Qwen2', mark=False), gpt_neox=dict(kind='GPTNeoX', hidden_dropout=.3, attention_dropout=.3, tie_word_embeddings=False))
+LLMS = dict(llama=dict(), llama_tied=dict(tie_word_embeddings=True, spare=13), llama_without_mark=dict(mark=False),
+            tied_without_mark=dict(mark=False, tie_word_embeddings=True), spare_without_mark=dict(mark=False, spare=3),
+            qwen2=dict(kind='Qwen2', tie_word_embeddings=True), qwen2_untied=dict(kind='Qwen2', mark=False),
+            gpt_neox=dict(kind='GPTNeoX', hidden_dropout=.3, attention_dropout=.3, tie_word_embeddings=False))
 
 @pytest.mark.parametrize('case', LLMS)
 def test_language_models(tmp_path, case):
@@ -618,7 +657,8 @@ def test_embeddings_grow_for_the_mark_alone_and_as_the_seed_says(tmp_path):
 
 def test_language_models_that_do_not_fit(tmp_path):
     def refused(match, kind='Llama', **given):
-        with pytest.raises(SettingsError, match=match) as e: trained('unfit', llm=language_model(tmp_path/f'{kind}{len(given)}', kind, **given))
+        with pytest.raises(SettingsError, match=match) as e:
+            trained('unfit', llm=language_model(tmp_path/f'{kind}{len(given)}', kind, **given))
         assert '\n' not in str(e.value)
     refused('the tokenizer has no chat template: give one of vicuna, chatml as template', template=None)
     refused('PhiForCausalLM does more between its decoder and its logits than LLaVA', 'Phi')
@@ -632,18 +672,21 @@ def test_language_models_that_do_not_fit(tmp_path):
 def test_lists_of_conversations(tmp_path):
     "With rows of text alone, rows that are counted as unusable, and pictures of all shapes; cached and not"
     spec = llava_data(tmp_path)
-    rows = json.loads((tmp_path/'list.json').read_text()) + [dict(id='gone', image='gone.png', conversations=turns('<image>\nWhat?', 'cat'))]
+    rows = json.loads((tmp_path/'list.json').read_text()) + [dict(id='gone', image='gone.png',
+                                                                  conversations=turns('<image>\nWhat?', 'cat'))]
     (tmp_path/'list.json').write_text(json.dumps(rows))
     captions = [dict(r, conversations=r['conversations'][:2]) for r in rows if 'image' in r]
     (tmp_path/'captions.json').write_text(json.dumps(captions))
-    given = dict(stage1_data=f'{tmp_path}/captions.json:{tmp_path}/pictures', stage2_data=spec, stage1_batch=6, stage2_batch=6, stage1_samples=0, stage2_samples=96, max_bad=.2)
+    given = dict(stage1_data=f'{tmp_path}/captions.json:{tmp_path}/pictures', stage2_data=spec, stage1_batch=6, stage2_batch=6,
+                 stage1_samples=0, stage2_samples=96, max_bad=.2)
     made = {cached: trained(f'list-{cached}', cached=cached, **given) for cached in (True, False)}
     for folder, result in made.values():
         assert [s['unusable'] for s in result['stages']] == [{'missing picture': 1}]*2
         assert [json.loads((folder/f'bad-stage{k}.jsonl').read_text())['reason'] for k in (1, 2)] == ['missing picture']*2
         assert [s['conversations'] for s in result['stages']] == [len(captions) - 1, len(rows) - 1] and result['stages'][0]['seen'] == (len(captions) - 1)//6*6
     (a, _), (b, _) = made.values()
-    for x, y in zip(Metrics.read(a/'metrics.jsonl'), Metrics.read(b/'metrics.jsonl')): assert x['loss'] == pytest.approx(y['loss'], rel=1e-4)
+    for x, y in zip(Metrics.read(a/'metrics.jsonl'), Metrics.read(b/'metrics.jsonl')):
+        assert x['loss'] == pytest.approx(y['loss'], rel=1e-4)
 
 @pytest.mark.parametrize('mean', [(.1, .6, .3), (.485, .456, .406)])
 def test_padding_has_the_same_colour_in_training_and_after(tmp_path, mean):
@@ -666,20 +709,31 @@ def test_the_date_is_the_same_in_training_and_after(tmp_path, begin, date):
     make_processor(smoke('x'), load_encoder(TINY), tokenizer).save_pretrained(tmp_path)
     (want,), _ = Form(tokenizer).write([([('What?', None)], True)])
     content = [dict(type='image'), dict(type='text', text='What?')]
-    assert AutoProcessor.from_pretrained(tmp_path).apply_chat_template([dict(role='user', content=content)], add_generation_prompt=True) == want
+    assert AutoProcessor.from_pretrained(tmp_path).apply_chat_template([dict(role='user', content=content)],
+                                                                       add_generation_prompt=True) == want
     assert want.startswith(date)
 
 # ---- what is refused
 
 @pytest.mark.parametrize('given, message', [
-    (dict(encoder='nowhere'), "'nowhere' names no encoder; what does:"), (dict(llm='/nowhere/lm'), '/nowhere/lm can not be read: '), (dict(connector='pool', image_tokens=5), 'image_tokens=5 must be a square number'),
-    (dict(image_tokens=4), 'image_tokens is for the connectors pool and resampler; mlp makes one token of each patch'), (dict(connector='pool', image_tokens=64), 'image_tokens=64 must be at most the 16 patches of'),
-    (dict(beta2=1.), 'beta2=1.0 must be at least 0 and below 1'), (dict(layer=0), 'layer=0 is none: blocks count from 1, or from -1 backwards'),
-    (dict(layer=3), 'layer=3 is not there: random:clipdino_vit_smoke has layers 1 to 2'), (dict(preset='paper'), "stage1_data is empty: give data in LLaVA's format as JSON:FOLDER"), (dict(llm=''), 'llm is empty: give world'),
-    (dict(stage2_data='somewhere'), "stage2_data='somewhere' is neither world nor JSON:FOLDER"), (dict(stage2_data='a.json:b'), 'a.json is not there, or empty'), (dict(stage1_samples=3), 'stage1_samples=3 must be at least one batch, 16, or 0'),
-    (dict(stage2_batch=15, processes=2), 'stage2_batch=15 must be a multiple of the 2 processes'), (dict(tracker='paper'), "tracker='paper' is not one of"), (dict(template='alpaca'), "template='alpaca' is not one of vicuna, chatml"),
-    (dict(connector='qformer'), "connector='qformer' is not one of mlp, linear, pool, resampler"), (dict(context=8), 'context=8 has no room for the 16 tokens of a picture'), (dict(lm_lr=-1.), 'lm_lr=-1.0 must be a finite number'), (dict(clip_grad=0.), 'clip_grad=0.0 must be above 0'),
-    (dict(stage1_batch=65, stage1_samples=65), 'world captions, web has 64 conversations with targets within context=512, fewer than batch=65')], ids=str)
+    (dict(encoder='nowhere'), "'nowhere' names no encoder; what does:"), (dict(llm='/nowhere/lm'), '/nowhere/lm can not be read: '),
+    (dict(connector='pool', image_tokens=5), 'image_tokens=5 must be a square number'),
+    (dict(image_tokens=4), 'image_tokens is for the connectors pool and resampler; mlp makes one token of each patch'),
+    (dict(connector='pool', image_tokens=64), 'image_tokens=64 must be at most the 16 patches of'),
+    (dict(beta2=1.), 'beta2=1.0 must be at least 0 and below 1'),
+    (dict(layer=0), 'layer=0 is none: blocks count from 1, or from -1 backwards'),
+    (dict(layer=3), 'layer=3 is not there: random:clipdino_vit_smoke has layers 1 to 2'),
+    (dict(preset='paper'), "stage1_data is empty: give data in LLaVA's format as JSON:FOLDER"), (dict(llm=''), 'llm is empty: give world'),
+    (dict(stage2_data='somewhere'), "stage2_data='somewhere' is neither world nor JSON:FOLDER"),
+    (dict(stage2_data='a.json:b'), 'a.json is not there, or empty'),
+    (dict(stage1_samples=3), 'stage1_samples=3 must be at least one batch, 16, or 0'),
+    (dict(stage2_batch=15, processes=2), 'stage2_batch=15 must be a multiple of the 2 processes'),
+    (dict(tracker='paper'), "tracker='paper' is not one of"), (dict(template='alpaca'), "template='alpaca' is not one of vicuna, chatml"),
+    (dict(connector='qformer'), "connector='qformer' is not one of mlp, linear, pool, resampler"),
+    (dict(context=8), 'context=8 has no room for the 16 tokens of a picture'), (dict(lm_lr=-1.), 'lm_lr=-1.0 must be a finite number'),
+    (dict(clip_grad=0.), 'clip_grad=0.0 must be above 0'),
+    (dict(stage1_batch=65, stage1_samples=65),
+     'world captions, web has 64 conversations with targets within context=512, fewer than batch=65')], ids=str)
 def test_settings_that_are_refused(given, message):
     with pytest.raises(SettingsError, match=message) as e: trained('refused', **given)
     assert '\n' not in str(e.value) and not Path('runs/refused/settings.json').exists(), 'the corrected command may have the same name'

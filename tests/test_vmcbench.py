@@ -37,13 +37,16 @@ def png(colour=(200, 30, 30), size=(40, 30))->bytes:
 
 def published(n=6, **changes)->list:
     "Rows with the columns of the published parquet files"
-    rows = [dict(index=7*n - 7*i, question=f'What is in picture {i}?', A='a cat', B='a "dog"', C='tab and\nline', D=f'{i}', answer=LETTERS[i % 4], category=CATEGORIES[i % 20], image=dict(bytes=png((40*i, 0, 0)), path=f'{i}.png')) for i in range(n)]
+    rows = [dict(index=7*n - 7*i, question=f'What is in picture {i}?', A='a cat', B='a "dog"', C='tab and\nline', D=f'{i}',
+                 answer=LETTERS[i % 4], category=CATEGORIES[i % 20], image=dict(bytes=png((40*i, 0, 0)), path=f'{i}.png'))
+                 for i in range(n)]
     for i, change in changes.items(): rows[int(i[1:])].update(change)
     return rows
 
 def parquet(path, rows, group=4):
     "In the layout of the hub's files"
-    schema = pa.schema([('index', pa.int64()), *((c, pa.string()) for c in ('question', 'A', 'B', 'C', 'D', 'answer', 'category')), ('image', pa.struct([('bytes', pa.binary()), ('path', pa.string())]))])
+    schema = pa.schema([('index', pa.int64()), *((c, pa.string()) for c in ('question', 'A', 'B', 'C', 'D', 'answer', 'category')),
+                        ('image', pa.struct([('bytes', pa.binary()), ('path', pa.string())]))])
     pq.write_table(pa.Table.from_pylist(rows, schema), path, row_group_size=group)
     return str(path)
 
@@ -71,14 +74,16 @@ def test_every_form_reads_back_in_the_order_of_index(form, tmp_path):
 
 def test_forms_share_a_fingerprint_that_knows_texts_and_pictures(tmp_path):
     a, b, c = (open_questions(w(tmp_path/f'q.{f}', published())).fingerprint for f, w in WRITERS.items())
-    other = [open_questions(parquet(tmp_path/'o.parquet', published(**{'_2': change}))).fingerprint for change in (dict(question='?'), dict(answer='D'), dict(image=dict(bytes=png((1, 2, 3)), path=None)))]
+    other = [open_questions(parquet(tmp_path/'o.parquet', published(**{'_2': change}))).fingerprint
+             for change in (dict(question='?'), dict(answer='D'), dict(image=dict(bytes=png((1, 2, 3)), path=None)))]
     assert a == b == c and len({a, *other}) == 4
 
 def test_vmcbench_from_a_local_copy(tmp_path):
     (tmp_path/'data').mkdir()
     rows = published(9)
     for k, part in enumerate((rows[:5], rows[5:])): parquet(tmp_path/f'data/test-{k:05}-of-00002.parquet', part)
-    for where in (tmp_path, tmp_path/'data'): assert [r['index'] for r in open_questions(f'vmcbench:test:{where}').rows] == sorted(r['index'] for r in rows)
+    for where in (tmp_path, tmp_path/'data'):
+        assert [r['index'] for r in open_questions(f'vmcbench:test:{where}').rows] == sorted(r['index'] for r in rows)
     assert open_questions(str(tmp_path/'data')).fingerprint == open_questions(f'vmcbench:test:{tmp_path}').fingerprint
     with pytest.raises(SettingsError, match='has no dev-00000-of-00001.parquet'): open_questions(f'vmcbench:dev:{tmp_path}')
 
@@ -90,7 +95,8 @@ def test_questions_without_four_options_are_left_out_and_counted(tmp_path):
     assert (len(q), q.skipped['not four options'], q.doubled, [r['index'] for r in q.rows], q.rows[0]['category']) == (2, 3, 1, [2, 4], 'q')
     p = open_questions(parquet(tmp_path/'q.parquet', published(**{'_1': dict(D=None), '_2': dict(C=' ')})))
     assert len(p) == 4 and p.skipped['not four options'] == 2
-    (tmp_path/'gap.jsonl').write_text('\n'.join(json.dumps(dict(image='1.png', question='?', options=o, answer='C')) for o in (['', *'wxyz'], [*'wxyz', ''])))
+    (tmp_path/'gap.jsonl').write_text('\n'.join(json.dumps(dict(image='1.png', question='?', options=o, answer='C'))
+                                                for o in (['', *'wxyz'], [*'wxyz', ''])))
     gap = open_questions(str(tmp_path/'gap.jsonl'))
     assert [(r['index'], r['C']) for r in gap.rows] == [(1, 'y')], 'where A is empty, C is not the third of those that are left'
 
@@ -111,10 +117,14 @@ def test_pictures_of_parquet_stay_on_disk(tmp_path, monkeypatch):
     assert len(q.reader.kept) == 1
 
 def test_few_broken_pictures_cost_their_question_and_many_the_run(tmp_path):
-    def some(k): return parquet(tmp_path/f'{k}.parquet', published(40, **{f'_{i}': dict(image=dict(bytes=(None, png()[:60], b'none')[i % 3], path=None)) for i in range(k)}))
+    def some(k):
+        return parquet(tmp_path/f'{k}.parquet',
+                       published(40, **{f'_{i}': dict(image=dict(bytes=(None, png()[:60], b'none')[i % 3], path=None)) for i in range(k)}))
     q = open_questions(some(2))
     assert len(q) == 38 and q.skipped['no picture'] == 2
-    with pytest.raises(SettingsError, match=r'3 of 40 questions of 3 lack a picture, more than 5%; the first, 3.parquet, row 2, has a picture that does not decode'): open_questions(some(3))
+    with pytest.raises(SettingsError,
+                       match=r'3 of 40 questions of 3 lack a picture, more than 5%; the first, 3.parquet, row 2, has a picture that does not decode'):
+        open_questions(some(3))
     path = jsonl(tmp_path/'q.jsonl', published())
     (tmp_path/'7.png').unlink()
     with pytest.raises(SettingsError, match='q.jsonl, row 5, has no picture'): open_questions(path)
@@ -136,7 +146,8 @@ def test_what_other_programs_write_into_lines(tmp_path):
     (tmp_path/'c.jsonl').write_bytes(b'{"question": "\xff"}\n')
     with pytest.raises(SettingsError, match='c.jsonl is not UTF-8 .invalid start byte at byte 14'): open_questions(str(tmp_path/'c.jsonl'))
 
-@pytest.mark.parametrize('change, sentence', [(dict(answer='E'), r"q.parquet, row 4: the answer is 'E' and must be one of A, B, C, D"), (dict(answer=''), "the answer is ''"), (dict(answer='AB'), "the answer is 'AB'"),
+@pytest.mark.parametrize('change, sentence', [(dict(answer='E'), r"q.parquet, row 4: the answer is 'E' and must be one of A, B, C, D"),
+                                              (dict(answer=''), "the answer is ''"), (dict(answer='AB'), "the answer is 'AB'"),
                                               (dict(question=None), 'q.parquet, row 4 has no question')])
 def test_a_row_that_means_nothing_is_named(tmp_path, change, sentence):
     with pytest.raises(SettingsError, match=sentence): open_questions(parquet(tmp_path/'q.parquet', published(_4=change)))
@@ -152,8 +163,12 @@ def test_damaged_files_get_a_sentence(tmp_path):
     (tmp_path/'bad.jsonl').write_text('{"question": 1\n')
     (tmp_path/'few.jsonl').write_text('{"question": "?"}\n')
     (tmp_path/'none.jsonl').write_text('')
-    for name, sentence in {'cut.parquet': 'is no whole parquet file', 'empty.parquet': 'is no whole parquet file', 'few.parquet': 'has no column A, B, C, D, answer, category, image', 'cut.tsv': 'row 5 has 8 of 9 fields: the file seems cut off',
-                           'few.tsv': 'has no column A, B', 'bad.jsonl': 'bad.jsonl, row 0 is no JSON', 'few.jsonl': 'few.jsonl, row 0 has no column image', 'none.jsonl': 'none has no question with four options', 'gone.tsv': 'is nothing to read',
+    for name, sentence in {'cut.parquet': 'is no whole parquet file', 'empty.parquet': 'is no whole parquet file',
+                           'few.parquet': 'has no column A, B, C, D, answer, category, image',
+                           'cut.tsv': 'row 5 has 8 of 9 fields: the file seems cut off',
+                           'few.tsv': 'has no column A, B', 'bad.jsonl': 'bad.jsonl, row 0 is no JSON',
+                           'few.jsonl': 'few.jsonl, row 0 has no column image', 'none.jsonl': 'none has no question with four options',
+                           'gone.tsv': 'is nothing to read',
                            'vmcbench:val': "split of vmcbench='val'"}.items():
         with pytest.raises(SettingsError, match=sentence): open_questions(name)
 
@@ -171,14 +186,26 @@ def test_prompt_is_the_published_one():
 
 OPTIONS = ['a red kite', 'two dogs', 'the sea', 'dogs']
 CASES = [  # answer, letter (None: drawn), because
-    ('A', 'A', 'a letter between the added spaces'), ('B.', 'B', 'the stop is taken off'), ('(C)', 'C', 'in brackets'), ('(C).', 'C', 'the stop goes, the brackets stay'), ('D,', 'D', 'the comma is taken off'),
-    ("'B'", 'B', 'quotes are taken off'), ('"B"', None, 'double quotes are not'), ('B)', None, 'half a bracket'), ('A:', 'A', 'the colon goes'), ('B. two dogs', 'B', 'letter, stop, space'), ('B.two dogs', None, 'no space after the stop'),
-    ('b', None, 'letters are capital'), ('(b)', None, 'in brackets too'), ('', None, 'nothing'), ('   ', None, 'nothing but space'), ('...', None, 'nothing but stops'), ('The answer is C', 'C', 'a letter between spaces'),
-    ('The answer is C.', 'C', 'the last stop is taken off'), ('The answer is (D).', 'D', 'in brackets'), ('The answer is C. It is wet', 'C', 'letter, stop, space'), ('A or B', 'B', 'of two letters the last'), ('B or A', 'A', 'by place, not by alphabet'),
-    ('A B A', 'A', 'by the last place of each'), ('(A) or (D)', 'D', 'of two in brackets the last'), ('(D) or (A)', 'A', 'by place'), ('not A but (C)', 'C', 'brackets come before bare letters'), ('(C), not A', 'C', 'even when earlier'),
-    ('B. no, A. yes', 'A', 'several with stops have no place: the first letter'), ('(B) and not D. at all', 'B', 'only brackets have a place'), ('A kite is red', 'A', 'the article counts as a letter'), ('two dogs', None, 'texts count from six words on'),
-    ('I think it is two dogs', 'D', 'both texts occur; that of D begins later'), ('It shows THE SEA at night, maybe', 'C', 'texts in any case'), ('I do not know this at all', None, 'no option in it'), ('DNA', None, 'a letter within a word'), ('PhD. is it', 'D', 'a word that ends as letter, stop, space'),
-    ('Answer:\nB', None, 'a line break is no space'), (' B\n', 'B', 'space around is taken off first'), ('B:;', 'B', 'one sign after another, in the order , . ! ? ; : \''), ('B;:', None, 'so of these only the colon goes'), ("B,.", None, 'and of these only the stop'), ('AB', None, 'two letters in one')]
+    ('A', 'A', 'a letter between the added spaces'), ('B.', 'B', 'the stop is taken off'), ('(C)', 'C', 'in brackets'),
+    ('(C).', 'C', 'the stop goes, the brackets stay'), ('D,', 'D', 'the comma is taken off'),
+    ("'B'", 'B', 'quotes are taken off'), ('"B"', None, 'double quotes are not'), ('B)', None, 'half a bracket'),
+    ('A:', 'A', 'the colon goes'), ('B. two dogs', 'B', 'letter, stop, space'), ('B.two dogs', None, 'no space after the stop'),
+    ('b', None, 'letters are capital'), ('(b)', None, 'in brackets too'), ('', None, 'nothing'), ('   ', None, 'nothing but space'),
+    ('...', None, 'nothing but stops'), ('The answer is C', 'C', 'a letter between spaces'),
+    ('The answer is C.', 'C', 'the last stop is taken off'), ('The answer is (D).', 'D', 'in brackets'),
+    ('The answer is C. It is wet', 'C', 'letter, stop, space'), ('A or B', 'B', 'of two letters the last'),
+    ('B or A', 'A', 'by place, not by alphabet'),
+    ('A B A', 'A', 'by the last place of each'), ('(A) or (D)', 'D', 'of two in brackets the last'), ('(D) or (A)', 'A', 'by place'),
+    ('not A but (C)', 'C', 'brackets come before bare letters'), ('(C), not A', 'C', 'even when earlier'),
+    ('B. no, A. yes', 'A', 'several with stops have no place: the first letter'),
+    ('(B) and not D. at all', 'B', 'only brackets have a place'), ('A kite is red', 'A', 'the article counts as a letter'),
+    ('two dogs', None, 'texts count from six words on'),
+    ('I think it is two dogs', 'D', 'both texts occur; that of D begins later'),
+    ('It shows THE SEA at night, maybe', 'C', 'texts in any case'), ('I do not know this at all', None, 'no option in it'),
+    ('DNA', None, 'a letter within a word'), ('PhD. is it', 'D', 'a word that ends as letter, stop, space'),
+    ('Answer:\nB', None, 'a line break is no space'), (' B\n', 'B', 'space around is taken off first'),
+    ('B:;', 'B', 'one sign after another, in the order , . ! ? ; : \''), ('B;:', None, 'so of these only the colon goes'),
+    ("B,.", None, 'and of these only the stop'), ('AB', None, 'two letters in one')]
 
 @pytest.mark.parametrize('raw, letter, why', CASES, ids=[c[2] for c in CASES])
 def test_parser(raw, letter, why): assert parse(raw, OPTIONS) == letter
@@ -188,7 +215,8 @@ def test_an_index_that_comes_twice(tmp_path):
     rows = published()
     rows[3]['index'] = rows[1]['index']
     path = parquet(tmp_path/'q.parquet', rows)
-    with pytest.raises(SettingsError, match=f'q has two questions with the index {rows[1]["index"]}; each must have its own'): open_questions(str(path))
+    with pytest.raises(SettingsError, match=f'q has two questions with the index {rows[1]["index"]}; each must have its own'):
+        open_questions(str(path))
 
 def test_what_cannot_be_parsed_is_drawn_from_seed_and_index():
     rows = [dict(row=i, index=i, category='GQA', options=OPTIONS, answer='A', raw='?', tokens=1) for i in range(4000)]
@@ -243,7 +271,8 @@ def test_intervals_over_three_seeds_cover(spread):
 def test_intervals_over_three_seeds_are_no_wider_than_they_need_be():
     "Where seeds differ by their answers alone: wider than if their spread were known, and narrower than Student's, which is 2.2 times as wide"
     g, widths = np.random.default_rng(0), []
-    for _ in range(40): widths.append(np.ptp(aggregate(.3*g.normal(size=200) + .55*g.normal(size=(3, 200)), ['GQA']*200, draws=800)['twenty']['overall']['interval'])/2)
+    for _ in range(40):
+        widths.append(np.ptp(aggregate(.3*g.normal(size=200) + .55*g.normal(size=(3, 200)), ['GQA']*200, draws=800)['twenty']['overall']['interval'])/2)
     assert 1 < np.mean(widths)/(1.96*(.3**2/200 + .55**2/600)**.5) < 2
 
 def test_no_mean_is_beyond_its_numbers():
@@ -299,7 +328,8 @@ def test_a_padded_batch_is_written_as_each_alone_with_plain_argmax(vlm):
     "Greedy decoding the slow way: no cache, no padding, a forward pass for each token"
     q = Squares(6, seed=1)  # of seed 0 one is answered with the mark of a picture, which this loop could not read again
     for r in all_answers(vlm, q, 6, max_new_tokens=5):
-        x = vlm.processor(text=[vmc.chat(vlm, q.rows[r['row']])], images=[[q.picture(r['row'])]], return_tensors='pt', add_special_tokens=False)
+        x = vlm.processor(text=[vmc.chat(vlm, q.rows[r['row']])], images=[[q.picture(r['row'])]], return_tensors='pt',
+                          add_special_tokens=False)
         ids, start = x['input_ids'], x['input_ids'].shape[1]
         for _ in range(5):
             with torch.no_grad(): z = vlm.model(input_ids=ids, pixel_values=x['pixel_values']).logits[0, -1]
@@ -311,7 +341,8 @@ def test_likelihood_is_the_softmax_over_all_tokens(vlm):
     q = Squares(8)
     letters = [vlm.processor.tokenizer.convert_tokens_to_ids(l) for l in LETTERS]
     for r in all_answers(vlm, q, 4, how='likelihood'):
-        x = vlm.processor(text=[vmc.chat(vlm, q.rows[r['row']])], images=[[q.picture(r['row'])]], return_tensors='pt', add_special_tokens=False)
+        x = vlm.processor(text=[vmc.chat(vlm, q.rows[r['row']])], images=[[q.picture(r['row'])]], return_tensors='pt',
+                          add_special_tokens=False)
         with torch.no_grad(): z = vlm.model(**x).logits[0, -1].double()
         assert np.allclose(r['scores'], (z - z.exp().sum().log())[letters], atol=1e-5) and 'raw' not in r
     both, only = all_answers(vlm, q, 4), all_answers(vlm, q, 4, how='likelihood')
@@ -338,22 +369,26 @@ def test_letters_as_the_template_puts_them(vlm, monkeypatch):
     monkeypatch.setattr(vlm.processor, 'chat_template', spaced)
     row, tok = Squares(1).rows[0], vlm.processor.tokenizer
     assert vmc.chat(vlm, row).endswith('assistant:') and vmc.chat(vlm, row, answer='B').endswith('assistant: B<|end|>')
-    if len({tokens[0] for tokens in (tok(f' {l}', add_special_tokens=False).input_ids for l in LETTERS)}) < 4: assert [tok.decode([i]) for i in vmc.letter_ids(vlm, row)] == list(LETTERS)  # the space is a token of its own
+    if len({tokens[0] for tokens in (tok(f' {l}', add_special_tokens=False).input_ids for l in LETTERS)}) < 4:
+        assert [tok.decode([i]) for i in vmc.letter_ids(vlm, row)] == list(LETTERS)  # the space is a token of its own
     else: assert [tok.decode([i]) for i in vmc.letter_ids(vlm, row)] == [f' {l}' for l in LETTERS]
     monkeypatch.setattr(vmc, 'token_ids', lambda v, text: [1] if text.endswith(':') else [1, 5, *text.encode()])
     with pytest.raises(SettingsError, match='four different tokens for A, B, C, D; give how=generate'): vmc.letter_ids(vlm, row)
 
 # runs
 
-def go(folder, name='s', q=None, **given): return evaluate(settings('smoke', vlm=str(folder), name=name, **{**dict(batch=8), **given}), q or Squares())
+def go(folder, name='s', q=None, **given):
+    return evaluate(settings('smoke', vlm=str(folder), name=name, **{**dict(batch=8), **given}), q or Squares())
 
 def test_a_run_and_its_numbers_from_predictions_alone(folder):
     r = go(folder)
     rows = [json.loads(l) for l in Path('runs/s/predictions.jsonl').read_text().splitlines()]
     assert score(rows) == r['score'] == read_json('runs/s/result.json')['score']
-    assert rows == judge([{k: r[k] for k in ('row', 'index', 'category', 'question', 'options', 'answer', 'raw', 'tokens', 'scores')} for r in rows])
+    assert rows == judge([{k: r[k] for k in ('row', 'index', 'category', 'question', 'options', 'answer', 'raw', 'tokens', 'scores')}
+                          for r in rows])
     assert [r['index'] for r in rows] == list(range(40)) and rows[3]['options'] == [Squares().rows[3][l] for l in LETTERS]
-    right = {p: np.mean([x[k] == x['answer'] for x in rows]) for p, k in dict(generate='letter', likelihood='likely', calibrated='calibrated').items()}
+    right = {p: np.mean([x[k] == x['answer'] for x in rows])
+             for p, k in dict(generate='letter', likelihood='likely', calibrated='calibrated').items()}
     assert {p: r['score']['protocols'][p]['questions']['overall']['value'] for p in right} == pytest.approx(right)
     assert r['score']['missing'] == [] and r['questions']['n'] == 40 and set(r['score']['protocols']) == set(vmc.PROTOCOLS)
 
@@ -372,7 +407,8 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(folder, monkeypatch, afte
     monkeypatch.setattr(vmc, 'ask', dies)
     with pytest.raises(KeyboardInterrupt): go(folder, 'cut')
     path = Path('runs/cut/predictions.jsonl')
-    if after: path.write_text(path.read_text() + path.read_text().splitlines(keepends=True)[0]*3 + '{"row": 3')  # half a batch, and half a line
+    if after:
+        path.write_text(path.read_text() + path.read_text().splitlines(keepends=True)[0]*3 + '{"row": 3')  # half a batch, and half a line
     monkeypatch.setattr(vmc, 'ask', lambda *a, **k: calls.append(1) or real(*a, **k))
     calls.clear()
     again = go(folder, 'cut')
@@ -411,7 +447,8 @@ def test_two_runs_on_the_same_questions(folder, tmp_path):
     b = go(untrained_vlm(tmp_path/'other', Squares(), seed=1), 'b', against='a')
     d = b['against']['differences']
     assert d == vmc.compare_runs('runs/b', 'runs/a')
-    for p in vmc.PROTOCOLS: assert d[p]['questions']['overall']['value'] == pytest.approx(b['score']['protocols'][p]['questions']['overall']['value'] - a['score']['protocols'][p]['questions']['overall']['value'])
+    for p in vmc.PROTOCOLS:
+        assert d[p]['questions']['overall']['value'] == pytest.approx(b['score']['protocols'][p]['questions']['overall']['value'] - a['score']['protocols'][p]['questions']['overall']['value'])
     go(folder, 'c', Squares(16))
     with pytest.raises(SettingsError, match='c answered other questions'): vmc.compare_runs('runs/a', 'runs/c')
     with pytest.raises(SettingsError, match='a answered other questions'): go(folder, 'd', Squares(16), against='a')
@@ -434,8 +471,10 @@ def table(**seeds):
     q, rows = Squares(200), []
     for o, shares in seeds.items():
         for s, share in enumerate(shares):
-            letters = ''.join(r['answer'] if np.random.default_rng((s, i)).random() < share else 'ABCD'['BCDA'.index(r['answer'])] for i, r in enumerate(q.rows))
-            rows.append(dict(run=f'{o}{s}', encoder=f'{o}-mini-s{s}' if o != 'untrained' else f'random:clip-mini-s{s}', blind=False, seed=s, fingerprint=q.fingerprint, calibrated=letters))
+            letters = ''.join(r['answer'] if np.random.default_rng((s, i)).random() < share else 'ABCD'['BCDA'.index(r['answer'])]
+                              for i, r in enumerate(q.rows))
+            rows.append(dict(run=f'{o}{s}', encoder=f'{o}-mini-s{s}' if o != 'untrained' else f'random:clip-mini-s{s}', blind=False,
+                             seed=s, fingerprint=q.fingerprint, calibrated=letters))
     return pd.DataFrame(rows), q
 
 def test_objectives_over_seeds():
@@ -448,7 +487,8 @@ def test_objectives_over_seeds():
     blind = vmc.by_objective(pd.concat([t, t[t.run == 'clip0'].assign(blind=True), t[t.run == 'dino1'].assign(blind=True)]), q)
     assert {o: blind[o] for o in found} == found and blind['blind'] == aggregate(vmc.right(t[t.run.isin(('clip0', 'dino1'))], q).mean(0), [r['category'] for r in q.rows])
     with pytest.raises(SettingsError, match=r'clip has the seeds \[0, 1, 2\] and dino has \[0, 1\]'): vmc.gap(t[t.run != 'dino2'], q)
-    with pytest.raises(SettingsError, match=r'clip has several runs of seed \[1\], clip0, clip1, clip1, clip2: give those'): vmc.gap(pd.concat([t, t[t.run == 'clip1']]), q)
+    with pytest.raises(SettingsError, match=r'clip has several runs of seed \[1\], clip0, clip1, clip1, clip2: give those'):
+        vmc.gap(pd.concat([t, t[t.run == 'clip1']]), q)
     with pytest.raises(SettingsError, match='siglip has the seeds'): vmc.gap(t, q, 'siglip', 'clip')
 
 def test_a_template_that_writes_the_date(folder, tmp_path):
@@ -469,7 +509,8 @@ def test_what_is_no_model_is_refused(folder, tmp_path):
     assert load_vlm('begun').about['encoder'] == 'clip-mini-s0' and load_vlm('begun').about['encoder_weights'] == 'f' and load_vlm('begun').fingerprint == load_vlm(folder).fingerprint
     assert load_vlm('begun').about['saved'] == load_vlm('begun', precision='bf16').about['saved'] == saved(folder)
     weights = load_file(tmp_path/'runs/begun/model.safetensors')
-    save_file({k: v for k, v in weights.items() if 'projector.linear_2.bias' not in k}, tmp_path/'runs/begun/model.safetensors', dict(format='pt'))
+    save_file({k: v for k, v in weights.items() if 'projector.linear_2.bias' not in k}, tmp_path/'runs/begun/model.safetensors',
+              dict(format='pt'))
     with pytest.raises(SettingsError, match='begun lacks 1 of its weights, .*linear_2.bias'): load_vlm('begun')
     (tmp_path/'runs/begun/model.safetensors').write_bytes((folder/'model.safetensors').read_bytes()[:-100])
     with pytest.raises(SettingsError, match="vlm='begun' is no run, folder or hub name"): load_vlm('begun')

@@ -110,7 +110,8 @@ def true_answer(s, row):
             return POSITIONS[3*y + x]
         case 'GQA': return beside(s, re.search('left of|right of|above|below', q)[0], re.search(r'(?:of|above|below) the (.*)\?', q)[1])
         case 'TextVQA' | 'OCRVQA': return first('word')
-        case 'ScienceQA': return next(o for o, w in rows_by_height(s) if re.search(rf'\b{w}\b', q.replace('symbol is labelled', '').replace('symbol has the label', '')))
+        case 'ScienceQA': return next(o for o, w in rows_by_height(s)
+                                      if re.search(rf'\b{w}\b', q.replace('symbol is labelled', '').replace('symbol has the label', '')))
         case 'AI2D': return dict(rows_by_height(s))[re.search(r'(?:labels|label of|How is) the (.*?)(?: labelled)?\?', q)[1]]
         case 'DocVQA': return dict(rows_by_height(s))[re.search(r'(\w+)\?', q)[1]]
         case 'TableVQABench': return max(rows_by_height(s), key=lambda line: int(line[1]))[0]
@@ -139,12 +140,14 @@ def test_symbols_are_as_long_as_is_said(asked):
 def test_no_other_option_is_true(asked, task):
     "Where a wrong option could be true as well: the maximum is unique, one option is a relative, one symbol stands beside the other"
     for s, r in asked[task]:
-        if task == 'OKVQA': assert sum(o in FAMILIES[next(f for f in FAMILIES if NAMES[s.object] in FAMILIES[f])] for o in options(r)) == 1 and NAMES[s.object] not in options(r)
+        if task == 'OKVQA':
+            assert sum(o in FAMILIES[next(f for f in FAMILIES if NAMES[s.object] in FAMILIES[f])] for o in options(r)) == 1 and NAMES[s.object] not in options(r)
         if task == 'GQA': assert len({n for n, *_ in seen(s, 'object')}) == s.count + 1
         if task in ('ChartQA', 'InfoVQA', 'TableVQABench'): assert Counter(v for _, v in series(s))[max(v for _, v in series(s))] == 1
         if task in ('ScienceQA', 'AI2D'): assert len({n for line in rows_by_height(s) for n in line}) == 4
 
-POOLS = dict(SEEDBench='2345', MMStar=['26', '33', '40', '66', '80', '94'], VizWiz=STYLES, VQAv2=COLOURS, MathVista=[str(k) for k in range(4, 11)], RealWorldQA=POSITIONS, MathVision=TEXTURES,
+POOLS = dict(SEEDBench='2345', MMStar=['26', '33', '40', '66', '80', '94'], VizWiz=STYLES, VQAv2=COLOURS,
+             MathVista=[str(k) for k in range(4, 11)], RealWorldQA=POSITIONS, MathVision=TEXTURES,
              TextVQA=WORDS, OCRVQA=WORDS, AI2D=WORDS, DocVQA='123456789', InfoVQA=NTH, MMVet=[f'{c} {o}' for c in COLOURS for o in NAMES],
              **dict.fromkeys(('A-OKVQA', 'OKVQA', 'MMMU', 'ScienceQA', 'GQA'), NAMES), **dict.fromkeys(('ChartQA', 'TableVQABench'), WORDS))
 
@@ -219,7 +222,8 @@ def words(text): return re.findall(r'[\w-]+', text.lower())
 
 def bag_of_words(train, test):
     "Naive Bayes: words of the question, and of each option with its letter"
-    def tokens(r): return [f'{r["category"]}:{w}' for w in words(r['question'])] + [f'{r["category"]}:{l}:{w}' for l in LETTERS for w in words(r[l])]
+    def tokens(r):
+        return [f'{r["category"]}:{w}' for w in words(r['question'])] + [f'{r["category"]}:{l}:{w}' for l in LETTERS for w in words(r[l])]
     h = FeatureHasher(2**14, input_type='string', alternate_sign=False)
     return MultinomialNB().fit(h.transform(map(tokens, train)), [r['answer'] for r in train]).predict(h.transform(map(tokens, test)))
 
@@ -253,7 +257,8 @@ def test_blind_readers_would_notice_a_leak(reader, train, vqa):
 def test_wordings_are_all_used_and_independent_of_the_answer(train):
     for task in CATEGORIES:
         rows = [r for r in train if r['category'] == task]
-        used = Counter(next(k for k, w in enumerate(TASKS[task].wordings) if re.fullmatch(re.escape(w).replace(r'\{\}', '.+'), r['question'])) for r in rows)
+        used = Counter(next(k for k, w in enumerate(TASKS[task].wordings)
+                            if re.fullmatch(re.escape(w).replace(r'\{\}', '.+'), r['question'])) for r in rows)
         assert len(used) == len(TASKS[task].wordings) and chisquare(list(used.values())).pvalue > 1e-3
 
 # --- a question is a function of its index ---
@@ -290,9 +295,12 @@ def test_tasks_can_be_chosen(vqa):
     assert [TASKS[t].factor for t in VISION] == ['count', 'size', 'style', 'colour', 'position']
     assert vqa.facts(5)['colour'] == answer(vqa.rows[5]) and vqa.facts(3)['style'] == answer(vqa.rows[3]) and vqa.facts(10)['task'] == 'position'
 
-@pytest.mark.parametrize('wrong, says', [(dict(split='training'), "split='training' is not one of train, probe, val, test"), (dict(tasks=('GQA', 'MMLU')), "task='MMLU' is not one of SEEDBench"),
-                                         (dict(n=0), 'n=0 must be above 0'), (dict(n=-3), 'n=-3 must be above 0'), (dict(canvas=8), 'canvas=8 at least 16 px'),
-                                         (dict(tasks='GQA'), 'must be a list of different names'), (dict(tasks=()), 'must be a list'), (dict(tasks=('GQA', 'GQA')), 'must be a list')])
+@pytest.mark.parametrize('wrong, says', [(dict(split='training'), "split='training' is not one of train, probe, val, test"),
+                                         (dict(tasks=('GQA', 'MMLU')), "task='MMLU' is not one of SEEDBench"),
+                                         (dict(n=0), 'n=0 must be above 0'), (dict(n=-3), 'n=-3 must be above 0'),
+                                         (dict(canvas=8), 'canvas=8 at least 16 px'),
+                                         (dict(tasks='GQA'), 'must be a list of different names'), (dict(tasks=()), 'must be a list'),
+                                         (dict(tasks=('GQA', 'GQA')), 'must be a list')])
 def test_wrong_input_is_said_in_a_sentence(wrong, says):
     with pytest.raises(SettingsError, match=re.escape(says)): WorldVQA(**wrong)
 
@@ -349,7 +357,8 @@ def test_parquet_round_trip(tmp_path, vqa):
     to_parquet(small, path, group=16)
     f = pq.ParquetFile(path)
     assert f.num_row_groups == 4 and [p.name for p in tmp_path.iterdir()] == ['test.parquet']
-    assert {c.name: str(c.type) for c in f.schema_arrow} == dict(index='int64', **dict.fromkeys(COLUMNS[1:], 'string'), image='struct<bytes: binary, path: string>')
+    assert {c.name: str(c.type) for c in f.schema_arrow} == dict(index='int64', **dict.fromkeys(COLUMNS[1:], 'string'),
+                                                                 image='struct<bytes: binary, path: string>')
     rows = f.read().to_pylist()
     assert [{k: r[k] for k in COLUMNS} for r in rows] == vqa.rows[:50]
     for i, r in enumerate(rows):

@@ -11,12 +11,14 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 
 IMAGE, LOCAL, BATCH = 48, 24, 64  # px of a (global) view and of a local one; images a step
-default_cfgs = generate_default_cfgs({'speed_vit.untrained': dict(input_size=(3, IMAGE, IMAGE), num_classes=0, mean=(.5,)*3, std=(.5,)*3, first_conv='patch_embed.proj', classifier='head')})
+default_cfgs = generate_default_cfgs({'speed_vit.untrained': dict(input_size=(3, IMAGE, IMAGE), num_classes=0, mean=(.5,)*3, std=(.5,)*3,
+                                                                  first_conv='patch_embed.proj', classifier='head')})
 
 @register_model
 def speed_vit(pretrained=False, **kw):
     "Four blocks of width 128, two heads, plain patches of 8 px"
-    return timm.models.build_model_with_cfg(VisionTransformer, 'speed_vit', pretrained, **{**dict(img_size=IMAGE, patch_size=8, embed_dim=128, depth=4, num_heads=2), **kw})
+    return timm.models.build_model_with_cfg(VisionTransformer, 'speed_vit', pretrained,
+                                            **{**dict(img_size=IMAGE, patch_size=8, embed_dim=128, depth=4, num_heads=2), **kw})
 
 def shards(n:int, size:int, per:int=512)->str:
     "Folder of shards of the world's first `n` training pictures as JPEG with captions; made once, in the cache"
@@ -59,7 +61,8 @@ def ours(objective:str, data:str, **given)->list:
     with tempfile.TemporaryDirectory() as d:
         Path(d, 'settings.ini').touch()
         os.chdir(d)
-        run = settings('mini', objective, name='speed', data=data, arch='speed_vit', image_size=IMAGE, batch=BATCH, precision='fp32', probes=0, save_every=1 << 40, **given)
+        run = settings('mini', objective, name='speed', data=data, arch='speed_vit', image_size=IMAGE, batch=BATCH, precision='fp32',
+                       probes=0, save_every=1 << 40, **given)
         pretrain(run)
         rows = [json.loads(l) for l in Path('runs/speed/metrics.jsonl').read_text().splitlines()]
         os.chdir('/')
@@ -118,9 +121,11 @@ def measure_once(cmd:list, **env)->dict:
         out = log.read()
     if p.returncode: raise RuntimeError(f'{" ".join(cmd)[:400]}\nfailed:\n{out[-3000:]}')
     found = re.search('^STEPS (.*)$', out, re.M)
-    steps = json.loads(found[1]) if found else [BATCH/float(v) for v in re.findall(r'Batch \(t\): [\d.]+, ([\d.e+]+)/s,', out)]  # open_clip's log, a line for every step
+    # open_clip's log, a line for every step
+    steps = json.loads(found[1]) if found else [BATCH/float(v) for v in re.findall(r'Batch \(t\): [\d.]+, ([\d.e+]+)/s,', out)]
     t, cpu = time.time() - t, used() - cpu
-    return dict(images_per_s=round(rate(steps), 1), peak_mb=round(peak), seconds=round(t), cpu_s=round(cpu), others=round(max(busy() - busy_before - cpu, 0)/t, 2))
+    return dict(images_per_s=round(rate(steps), 1), peak_mb=round(peak), seconds=round(t), cpu_s=round(cpu),
+                others=round(max(busy() - busy_before - cpu, 0)/t, 2))
 
 def child(script, name, **given): return [sys.executable, script, 'child', name, json.dumps(given)]
 
@@ -140,7 +145,8 @@ def compare(objective:str, commands:dict, grids:dict, args):
     import pandas as pd
     rows, best = [], {k: g[0] for k, g in grids.items()}
     def go(name, setting, round_, samples):
-        row = dict(what=name, objective=objective, round=round_, **measure(commands[name](samples=samples, **setting)), samples=samples, settings=' '.join(f'{k}={v}' for k, v in setting.items()), **machine())
+        row = dict(what=name, objective=objective, round=round_, **measure(commands[name](samples=samples, **setting)), samples=samples,
+                   settings=' '.join(f'{k}={v}' for k, v in setting.items()), **machine())
         rows.append(row)
         pd.DataFrame(rows).to_csv(args.out, index=False)
         print(f'{round_ or "trial":>5}  {name:24} {row["images_per_s"]:8.1f} images/s {row["peak_mb"]:6} MB {row["seconds"]:5} s  {row["cpu_s"]:5} core-s  others {row["others"]:4.2f}  {row["settings"]}', flush=True)
@@ -163,18 +169,22 @@ def memory(command, objective:str, paths:list, args, times=(1, 8, 64)):
         with tempfile.TemporaryDirectory(dir=Path(paths[0]).parent) as d:
             for k in range(n):
                 for p in paths: os.link(p, f'{d}/{k:03}-{Path(p).name}')
-            got = measure_once(command(samples=args.samples, workers=2, data=d), CLIPDINO_CACHE=f'{d}/cache')  # speed is of no interest here
-        rows.append(dict(what='ours', objective=objective, data=f'{n} x {len(paths)} shards', **got, samples=args.samples, settings='workers=2', **machine()))
+            # speed is of no interest here
+            got = measure_once(command(samples=args.samples, workers=2, data=d), CLIPDINO_CACHE=f'{d}/cache')
+        rows.append(dict(what='ours', objective=objective, data=f'{n} x {len(paths)} shards', **got, samples=args.samples,
+                         settings='workers=2', **machine()))
         print({k: rows[-1][k] for k in ('data', 'peak_mb', 'images_per_s')}, flush=True)
     pd.DataFrame(rows).to_csv(args.out, index=False)
 
 def arguments(parser, samples:int, trial:int):
     "Arguments that both benchmarks take, and the shards"
     a = parser.add_argument
-    a('out', help='table to write, .csv'), a('--data', help="shards of jpg and txt: a folder, glob or brace expansion; else the embedded world's pictures are rendered")
+    a('out', help='table to write, .csv'), a('--data',
+                                             help="shards of jpg and txt: a folder, glob or brace expansion; else the embedded world's pictures are rendered")
     a('--pictures', type=int, default=8192, help='how many of the world'), a('--size', type=int, default=224, help='px of the world\'s pictures')
     a('--samples', type=int, default=samples, help='images in a run'), a('--rounds', type=int, default=3), a('--trial', type=int, default=trial, help='images in a trial; 0: no trials')
-    a('--canvas', type=int, default=64, help='px to which ours decodes'), a('--memory', action='store_true', help='only: peak memory of ours over the size of the data')
+    a('--canvas', type=int, default=64, help='px to which ours decodes'), a('--memory', action='store_true',
+                                                                            help='only: peak memory of ours over the size of the data')
     args = parser.parse_args()
     from clipdino.data import expand
     args.data = os.path.abspath(args.data) if args.data and Path(args.data).exists() else args.data or shards(args.pictures, args.size)

@@ -26,7 +26,8 @@ class Theirs(nn.Module):
         super().__init__()
         self.run, self.views = run, ours.views
         self.encoder, self.teacher = copy.deepcopy(ours.encoder), copy.deepcopy(ours.teacher)
-        self.head, self.teacher_head = (DINOProjectionHead(ours.encoder.num_features, run.head_hidden, run.bottleneck, run.prototypes, batch_norm=run.head_norm) for _ in range(2))
+        self.head, self.teacher_head = (DINOProjectionHead(ours.encoder.num_features, run.head_hidden, run.bottleneck, run.prototypes,
+                                                           batch_norm=run.head_norm) for _ in range(2))
         mine = [m for m in ours.head.mlp if isinstance(m, nn.Linear)]
         with torch.no_grad():
             for a, b in zip((m for m in self.head.layers if isinstance(m, nn.Linear)), mine, strict=True):
@@ -47,7 +48,8 @@ class Theirs(nn.Module):
         return dict(loss=self.loss(list(t), list(s), epoch=0))
 
 def main(spec, out, images):
-    run = settings('mini', 'dino', samples=images, local_crops=4, local_min=.05, hue=.1, warmup_teacher=0., warmup_teacher_temp=.04, teacher_temp=.04, freeze_last=0.)
+    run = settings('mini', 'dino', samples=images, local_crops=4, local_min=.05, hue=.1, warmup_teacher=0., warmup_teacher_temp=.04,
+                   teacher_temp=.04, freeze_last=0.)
     train, test = (open_set(spec, split) for split in ('train', 'test'))
     (x, y), (x_test, y_test) = ((s.batch(range(len(s)), 32), torch.from_numpy(s.labels)) for s in (train, test))
     hw, hw_test = (torch.full((len(i), 2), 32, dtype=torch.int32) for i in (x, x_test))
@@ -67,7 +69,8 @@ def main(spec, out, images):
         epochs, ids = order(torch.arange(run.batch) + step*run.batch)
         views = add_views(dict(images=torch.from_numpy(x[ids]), hw=hw[ids], ids=ids, epochs=epochs))['views']
         for k, m in models.items():
-            for g in opts[k].param_groups: g.update({n: v if n == 'lr' or g['decays'] else 0. for n, v in schedule(run, step/run.steps).items()})
+            for g in opts[k].param_groups:
+                g.update({n: v if n == 'lr' or g['decays'] else 0. for n, v in schedule(run, step/run.steps).items()})
             m.train()
             m.set_progress(step/run.steps)
             loss = m(views)['loss']

@@ -16,11 +16,13 @@ from clipdino.core import environment
 from clipdino.vmcbench import answers, batched, load_vlm, order_of, parse
 from clipdino.worldvqa import WorldVQA, to_parquet
 
-START = 'import sys, runpy, clipdino.vlm; sys.argv[0] = "lmms_eval"; runpy.run_module("lmms_eval", run_name="__main__", alter_sys=True)'  # makes our towers known to transformers
+# makes our towers known to transformers
+START = 'import sys, runpy, clipdino.vlm; sys.argv[0] = "lmms_eval"; runpy.run_module("lmms_eval", run_name="__main__", alter_sys=True)'
 
 def task(folder:Path, python:str, parquet:Path):
     "lmms-eval's VMCBench task on a local file"
-    found = subprocess.run([python, '-c', 'import lmms_eval; print(lmms_eval.__path__[0])'], capture_output=True, text=True, check=True).stdout.split()[-1]
+    found = subprocess.run([python, '-c', 'import lmms_eval; print(lmms_eval.__path__[0])'], capture_output=True, text=True,
+                           check=True).stdout.split()[-1]
     shutil.copytree(Path(found)/'tasks/vmcbench', folder/'task')
     path = folder/'task/vmcbench.yaml'
     text = path.read_text().replace('suyc21/VMCBench', 'parquet').replace('  token: True', f'  data_files: {{dev: {parquet}}}').replace('task: "vmcbench"', 'task: "vmcbench_local"')
@@ -31,9 +33,12 @@ def theirs(folder:Path, python:str, vlm:str, n:int)->tuple: # -> raw answers by 
     shutil.rmtree(out, ignore_errors=True)
     env = {**os.environ, 'HF_HUB_OFFLINE': '1', 'HF_DATASETS_CACHE': str(folder/'hf')}
     begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([python, '-c', START, '--model', 'llava_hf', '--model_args', f'pretrained={vlm},device_map=cpu,dtype=float32', '--device', 'cpu', '--tasks', 'vmcbench_local', '--include_path', str(folder/'task'),
-                           '--batch_size', '1', '--limit', str(n), '--log_samples', '--output_path', str(out)], env=env, capture_output=True, text=True)
-    if done.returncode or not list(out.rglob('*samples*.jsonl')): sys.exit(f'lmms-eval failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}')
+    done = subprocess.run([python, '-c', START, '--model', 'llava_hf', '--model_args', f'pretrained={vlm},device_map=cpu,dtype=float32',
+                           '--device', 'cpu', '--tasks', 'vmcbench_local', '--include_path', str(folder/'task'),
+                           '--batch_size', '1', '--limit', str(n), '--log_samples', '--output_path', str(out)], env=env,
+                           capture_output=True, text=True)
+    if done.returncode or not list(out.rglob('*samples*.jsonl')):
+        sys.exit(f'lmms-eval failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}')
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     rows = [json.loads(l) for f in out.rglob('*samples*.jsonl') for l in f.read_text().splitlines()]
     def text(r):
@@ -59,8 +64,12 @@ def main(out, vlm, python, n, rounds, few=20):
                 t, c = time.perf_counter(), time.process_time()
                 got = {a['row']: a for b in answers(model, q, batched(order_of(model, q.rows), batch), how) for a in b}
                 rows.append(dict(what=what, round=r, per_s=n/(time.perf_counter() - t), per_cpu_s=n/(time.process_time() - c), **where))
-                if 'raw' in got[0]: rows[-1] |= dict(same=sum(got[i]['raw'].strip() == said[i].strip() for i in said), parsed_same=sum(parse(got[i]['raw'], got[i]['options']) == parse(said[i], got[i]['options']) for i in said))
-            for row in rows[-4:]: print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items() if k not in where}, flush=True)
+                if 'raw' in got[0]:
+                    rows[-1] |= dict(same=sum(got[i]['raw'].strip() == said[i].strip() for i in said),
+                                     parsed_same=sum(parse(got[i]['raw'], got[i]['options']) == parse(said[i], got[i]['options'])
+                                                     for i in said))
+            for row in rows[-4:]:
+                print({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items() if k not in where}, flush=True)
             pd.DataFrame(rows).round(4).to_csv(out, index=False)
     rate = pd.DataFrame(rows).pivot(index='round', columns='what', values='per_cpu_s')
     for what in rate.columns.drop('lmms-eval'):

@@ -47,13 +47,15 @@ def measure(run, data, steps:int)->dict:
         t.stop_if_failed()
         memory = torch.cuda.max_memory_allocated()/1e9 if torch.cuda.is_available() else float('nan')
         tflops, best = cost(run)['gflop']*run.batch*steps/seconds/1e3, peak(torch.bfloat16 if half else torch.float32, t.acc.device)
-    return dict(images_per_s=run.batch*steps/seconds, tflops=tflops, peak_tflops=best, mfu=tflops/best, waited=waited/seconds, memory_gb=memory, precision='bf16' if half else 'fp32')
+    return dict(images_per_s=run.batch*steps/seconds, tflops=tflops, peak_tflops=best, mfu=tflops/best, waited=waited/seconds,
+                memory_gb=memory, precision='bf16' if half else 'fp32')
 
 def main(out, models, data, batch, steps):
     rows = []
     for model in models:
         for o in 'clip', 'siglip', 'dino':
-            run = settings('small' if model == 'small' else 'paper', o, data=data or 'world', batch=batch, samples=batch*(steps + 100), probes=0, **{} if data else dict(workers=0))
+            run = settings('small' if model == 'small' else 'paper', o, data=data or 'world', batch=batch, samples=batch*(steps + 100),
+                           probes=0, **{} if data else dict(workers=0))
             rows.append(dict(model=model, objective=o, batch=batch, **measure(run, data, steps)) | {k: v for k, v in environment().items() if k in ('device', 'commit')} | dict(torch=torch.__version__))
             print(rows[-1], flush=True)
             pd.DataFrame(rows).round(4).to_csv(out, index=False)

@@ -26,10 +26,12 @@ def plain(p:Pairs, tile:int=4000)->int: # how many pass the loose thresholds
 def main(out:str, n:int, dim:int, k:int, rounds:int):
     g, device = torch.Generator().manual_seed(0), torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     common = torch.randn(2*n, 16, generator=g)  # what both encoders see; the rest is their own
-    def encoder(): return torch.cat([common @ torch.randn(16, 32, generator=g), torch.randn(2*n, 16, generator=g)], 1) @ torch.randn(48, dim, generator=g) + 1
+    def encoder():
+        return torch.cat([common @ torch.randn(16, 32, generator=g), torch.randn(2*n, 16, generator=g)], 1) @ torch.randn(48, dim, generator=g) + 1
     a, b = encoder(), encoder()
     p, rows = Pairs(a[:n], b[:n], a[n:], b[n:], device=device), []
-    where = dict(n=n, dim=dim, k=k, machine=environment()['device'], threads=torch.get_num_threads(), torch=torch.__version__, commit=environment()['commit'])
+    where = dict(n=n, dim=dim, k=k, machine=environment()['device'], threads=torch.get_num_threads(), torch=torch.__version__,
+                 commit=environment()['commit'])
     for r in range(rounds):
         for what, search in ('ranks', lambda: len(by_ranks(p, k)['first'])), ('thresholds', lambda: sum(c for _, c in by_thresholds(p, k=k).values())), ('plain, thresholds', lambda: plain(p)):
             if what.startswith('plain') and r: continue
@@ -39,7 +41,9 @@ def main(out:str, n:int, dim:int, k:int, rounds:int):
             synchronise()
             seconds = time.time() - begun
             tflops = 4*dim*n*n/seconds/1e12
-            rows.append(dict(what=what, round=r, seconds=round(seconds, 2), tflops=round(tflops, 4), peak=round(best, 4), share=round(tflops/best, 3), found=found, peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024, **where))
+            rows.append(dict(what=what, round=r, seconds=round(seconds, 2), tflops=round(tflops, 4), peak=round(best, 4),
+                             share=round(tflops/best, 3), found=found, peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss//1024,
+                             **where))
             print(rows[-1], flush=True)
             pd.DataFrame(rows).to_csv(out, index=False)
 

@@ -34,7 +34,8 @@ def main(out:str, rounds:int, n:int, dim:int, classes:int):
         z = torch.from_numpy(x.astype(np.float64) @ weight + bias)
         return torch.nn.functional.cross_entropy(z, torch.from_numpy(y)).item() + s/2*float((weight**2).sum())
     def add(what, r, s, seconds, weight, bias):
-        rows.append(dict(what=what, round=r, l2=s, seconds=round(seconds, 3), loss=round(objective(weight, bias, s), 6), accuracy=float(((x_test @ weight + bias).argmax(1) == y_test).mean()), **where))
+        rows.append(dict(what=what, round=r, l2=s, seconds=round(seconds, 3), loss=round(objective(weight, bias, s), 6),
+                         accuracy=float(((x_test @ weight + bias).argmax(1) == y_test).mean()), **where))
         print(rows[-1], flush=True)
         pd.DataFrame(rows).to_csv(out, index=False)
     for r in range(rounds):

@@ -13,12 +13,15 @@ import torch
 import common
 from clipdino.pretrain import Trainer, settings
 
-KINDS = {'matrix products': ('mm', 'addmm', 'bmm', 'baddbmm'), 'convolutions': ('convolution', 'mkldnn_convolution', 'convolution_backward'), 'attention': ('scaled_dot_product',),
-         'activations and norms': ('gelu', 'layer_norm', 'group_norm', 'batch_norm'), 'optimiser and clipping': ('fused_adamw', 'AdamW', 'linalg_vector_norm', 'foreach'), 'embedding of tokens': ('embedding',)}
+KINDS = {'matrix products': ('mm', 'addmm', 'bmm', 'baddbmm'),
+         'convolutions': ('convolution', 'mkldnn_convolution', 'convolution_backward'), 'attention': ('scaled_dot_product',),
+         'activations and norms': ('gelu', 'layer_norm', 'group_norm', 'batch_norm'),
+         'optimiser and clipping': ('fused_adamw', 'AdamW', 'linalg_vector_norm', 'foreach'), 'embedding of tokens': ('embedding',)}
 
 def kind(name:str)->str:
     name = name.removeprefix('aten::').lstrip('_').removeprefix('native_')
-    return next((k for k, starts in KINDS.items() if name.startswith(starts) or 'AdamW' in name and k.startswith('optimiser')), 'everything else')
+    return next((k for k, starts in KINDS.items() if name.startswith(starts) or 'AdamW' in name and k.startswith('optimiser')),
+                'everything else')
 
 def shares(run, steps:int=20)->dict:
     "Share of a step by kind of work, and images a second"
@@ -52,7 +55,8 @@ def main(out):
     data, speed = common.shards(8192, 224), dict(arch='speed_vit', image_size=common.IMAGE, batch=common.BATCH, canvas=64)
     runs = {'CLIP, mini': settings('mini', 'clip', probes=0), 'DINO, mini': settings('mini', 'dino', probes=0),
             'CLIP, JPEG': settings('mini', 'clip', probes=0, data=data, text_width=128, vocab=49408, context=77, **speed),
-            'DINO 2 + 8, JPEG': settings('mini', 'dino', probes=0, data=data, local_crops=8, local_size=common.LOCAL, hue=.1, head_norm=False, **speed)}
+            'DINO 2 + 8, JPEG': settings('mini', 'dino', probes=0, data=data, local_crops=8, local_size=common.LOCAL, hue=.1,
+                                         head_norm=False, **speed)}
     table = pd.DataFrame({name: shares(run) for name, run in runs.items()}).fillna(0.).rename_axis('work').round(3)
     table.assign(**common.machine()).to_csv(out)
     print(table)

@@ -21,7 +21,8 @@ class Made(Questions):
     def __init__(self, n:int):
         words = [''.join(np_rng(7, 1, i).choice(list('aeiounrstlmdk'), 2 + i % 7)) for i in range(400)]
         def text(g, low, high): return ' '.join(g.choice(words, g.integers(low, high + 1)))
-        rows = [dict(index=i, question=text(g := np_rng(7, 2, i), 6, 20) + '?', **{l: text(g, 1, 3) for l in LETTERS}, answer=LETTERS[i % 4], category='made') for i in range(n)]
+        rows = [dict(index=i, question=text(g := np_rng(7, 2, i), 6, 20) + '?', **{l: text(g, 1, 3) for l in LETTERS},
+                     answer=LETTERS[i % 4], category='made') for i in range(n)]
         super().__init__('made', digest('made', n), rows)
     def picture(self, i):
         from PIL import Image
@@ -34,16 +35,20 @@ def main(out, vlm, questions, n, batch, single, tokens, rounds, device, encoder,
     order, rows = order_of(model, q.rows), []
     some = order[::max(len(order)//single, 1)][:single]  # of all lengths
     all_, each = batched(order, batch), batched(some, 1)
-    contestants = {'likelihood': ('likelihood', all_, 1), 'generate': ('generate', all_, tokens), 'generate 2 tokens': ('generate', all_, 2), 'generate, one by one': ('generate', each, tokens),
+    contestants = {'likelihood': ('likelihood', all_, 1), 'generate': ('generate', all_, tokens),
+                   'generate 2 tokens': ('generate', all_, 2), 'generate, one by one': ('generate', each, tokens),
                    'generate 2 tokens, one by one': ('generate', each, 2)}
-    where = dict(vlm=model.name, parameters=model.about['parameters'], questions=q.name, machine=environment()['device'], threads=torch.get_num_threads(), torch=torch.__version__, commit=environment()['commit'])
+    where = dict(vlm=model.name, parameters=model.about['parameters'], questions=q.name, machine=environment()['device'],
+                 threads=torch.get_num_threads(), torch=torch.__version__, commit=environment()['commit'])
     for how in ('likelihood', 'generate'): list(answers(model, q, all_[:1], how, max_new_tokens=tokens))  # warm
     for r in range(rounds):
         for what, (how, batches, new) in list(contestants.items())[::1 if r % 2 == 0 else -1]:
             begun, cpu = time.perf_counter(), time.process_time()
             got = [row for b in answers(model, q, batches, how, max_new_tokens=new) for row in b]
             seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
-            rows.append(dict(what=what, round=r, n=len(got), batch=len(batches[0]), seconds=round(seconds, 3), per_s=round(len(got)/seconds, 2), per_cpu_s=round(len(got)/cpu, 2), max_new_tokens=new, tokens=round(float(np.mean([g.get('tokens', 0) for g in got])), 2), **where))
+            rows.append(dict(what=what, round=r, n=len(got), batch=len(batches[0]), seconds=round(seconds, 3),
+                             per_s=round(len(got)/seconds, 2), per_cpu_s=round(len(got)/cpu, 2), max_new_tokens=new,
+                             tokens=round(float(np.mean([g.get('tokens', 0) for g in got])), 2), **where))
             print(f'{r}  {what:30} {rows[-1]["per_s"]:8.1f} questions/s  {rows[-1]["tokens"]:5.1f} tokens', flush=True)
             pd.DataFrame(rows).to_csv(out, index=False)
     for by, unit in dict(per_s='second', per_cpu_s='second of the processor').items():
@@ -55,5 +60,7 @@ def main(out, vlm, questions, n, batch, single, tokens, rounds, device, encoder,
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('out')
-    for k, v in dict(vlm='', questions='made', n=1000, batch=32, single=100, tokens=16, rounds=3, device='cpu', encoder='random:clipdino_vit_mini', width=128, layers=4).items(): p.add_argument(f'--{k}', type=type(v), default=v)
+    for k, v in dict(vlm='', questions='made', n=1000, batch=32, single=100, tokens=16, rounds=3, device='cpu',
+                     encoder='random:clipdino_vit_mini', width=128, layers=4).items():
+        p.add_argument(f'--{k}', type=type(v), default=v)
     main(**vars(p.parse_args()))

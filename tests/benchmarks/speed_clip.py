@@ -27,8 +27,10 @@ main(sys.argv[3:])'''
 
 def open_clip(peer, paths, context, samples, workers, torchcompile):
     "Command that runs open_clip_train.main with our model's configuration, logging every step"
-    given = dict(model='speed', train_data='::'.join(paths), dataset_type='webdataset', train_num_samples=samples, batch_size=common.BATCH, epochs=1, workers=workers, precision='fp32', device='cpu',
-                 lr=1e-3, beta1=.9, beta2=.98, eps=1e-8, wd=.1, warmup=max(samples//common.BATCH//10, 1), grad_clip_norm=1, force_context_length=context, log_every_n_steps=1, logs='logs')
+    given = dict(model='speed', train_data='::'.join(paths), dataset_type='webdataset', train_num_samples=samples, batch_size=common.BATCH,
+                 epochs=1, workers=workers, precision='fp32', device='cpu',
+                 lr=1e-3, beta1=.9, beta2=.98, eps=1e-8, wd=.1, warmup=max(samples//common.BATCH//10, 1), grad_clip_norm=1,
+                 force_context_length=context, log_every_n_steps=1, logs='logs')
     return [peer, '-c', WRAPPER, str(Path(__file__).parent), json.dumps(MODEL), *(s for k, v in given.items() for s in ('--' + k.replace('_', '-'), str(v)))] + ['--torchcompile']*torchcompile
 
 common.serve(dict(ours=common.ours))
@@ -39,7 +41,8 @@ if __name__ == '__main__':
     p.add_argument('--context', type=int, default=77, help='longest caption, tokens')
     args, paths = common.arguments(p, samples=9600, trial=3200)
     def ours(data=args.data, **given):
-        return common.child(__file__, 'ours', objective='clip', data=data, dim=128, text_width=128, text_layers=2, vocab=49408, context=args.context, canvas=args.canvas, **given)
+        return common.child(__file__, 'ours', objective='clip', data=data, dim=128, text_width=128, text_layers=2, vocab=49408,
+                            context=args.context, canvas=args.canvas, **given)
     if args.memory: common.memory(ours, 'clip', paths, args)
     else:
         commands = {'ours': ours, 'open_clip 3.3.0': lambda **given: open_clip(os.path.abspath(args.peer), paths, args.context, **given)}

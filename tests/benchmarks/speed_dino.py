@@ -46,7 +46,8 @@ def lightly(paths, samples, workers, compile):
     from lightly.models.utils import deactivate_requires_grad, get_weight_decay_parameters, update_momentum
     from lightly.transforms import DINOTransform
     from lightly.utils.scheduler import cosine_schedule
-    student, teacher = (nn.Sequential(vit(), DINOProjectionHead(128, HEAD['hidden'], HEAD['bottleneck'], HEAD['prototypes'])) for _ in range(2))
+    student, teacher = (nn.Sequential(vit(), DINOProjectionHead(128, HEAD['hidden'], HEAD['bottleneck'], HEAD['prototypes']))
+                        for _ in range(2))
     teacher.load_state_dict(student.state_dict())
     deactivate_requires_grad(teacher)
     if compile: student.compile(dynamic=False), teacher.compile(dynamic=False)
@@ -75,8 +76,10 @@ def repository(repo, paths, samples, workers):
     torch.cuda.synchronize = lambda *a: None
     utils.MetricLogger.synchronize_between_processes = lambda m: None  # after the last step
     views = main_dino.DataAugmentationDINO((.4, 1.), (.05, .4), 8)
-    for t, size in (views.global_transfo1, common.IMAGE), (views.global_transfo2, common.IMAGE), (views.local_transfo, common.LOCAL): t.transforms[0].size = size, size
-    student, teacher = (utils.MultiCropWrapper(vit(), main_dino.DINOHead(128, HEAD['prototypes'], hidden_dim=HEAD['hidden'], bottleneck_dim=HEAD['bottleneck'])) for _ in range(2))
+    for t, size in (views.global_transfo1, common.IMAGE), (views.global_transfo2, common.IMAGE), (views.local_transfo, common.LOCAL):
+        t.transforms[0].size = size, size
+    student, teacher = (utils.MultiCropWrapper(vit(), main_dino.DINOHead(128, HEAD['prototypes'], hidden_dim=HEAD['hidden'],
+                                                                         bottleneck_dim=HEAD['bottleneck'])) for _ in range(2))
     student = nn.parallel.DistributedDataParallel(student)
     teacher.load_state_dict(student.module.state_dict())
     teacher.requires_grad_(False)
@@ -85,7 +88,8 @@ def repository(repo, paths, samples, workers):
     lr, decay, momentum = utils.cosine_scheduler(5e-4, 1e-6, 1, n), utils.cosine_scheduler(.04, .4, 1, n), utils.cosine_scheduler(.996, 1, 1, n)
     opt = torch.optim.AdamW(utils.get_params_groups(student))
     loss = main_dino.DINOLoss(HEAD['prototypes'], 10, .04, .04, 0, 1)
-    main_dino.train_one_epoch(student, teacher, teacher, loss, loader, opt, lr, decay, momentum, 0, None, argparse.Namespace(epochs=1, clip_grad=3., freeze_last_layer=0))
+    main_dino.train_one_epoch(student, teacher, teacher, loss, loader, opt, lr, decay, momentum, 0, None,
+                              argparse.Namespace(epochs=1, clip_grad=3., freeze_last_layer=0))
     return loader.seconds
 
 common.serve(dict(ours=common.ours, lightly=lightly, repository=repository))
@@ -95,7 +99,8 @@ if __name__ == '__main__':
     p.add_argument('--dino-repo', help='a clone of facebookresearch/dino')
     args, paths = common.arguments(p, samples=3200, trial=1280)
     def ours(data=args.data, **given):
-        return common.child(__file__, 'ours', objective='dino', data=data, local_size=common.LOCAL, local_crops=8, hue=.1, head_norm=False, prototypes=HEAD['prototypes'], head_hidden=HEAD['hidden'],
+        return common.child(__file__, 'ours', objective='dino', data=data, local_size=common.LOCAL, local_crops=8, hue=.1, head_norm=False,
+                            prototypes=HEAD['prototypes'], head_hidden=HEAD['hidden'],
                             bottleneck=HEAD['bottleneck'], canvas=args.canvas, **given)
     if args.memory: common.memory(ours, 'dino', paths, args)
     else:
@@ -103,6 +108,7 @@ if __name__ == '__main__':
         grids = dict(ours=common.grid(workers=[0, 1], augment=['device'], compile=['off', 'on']) + common.grid(workers=[1], augment=['workers'], compile=['off']),
                      lightly=common.grid(workers=[0, 1, 2], compile=[False, True]))
         if args.dino_repo:
-            commands['dino repository'] = lambda **given: common.child(__file__, 'repository', repo=os.path.abspath(args.dino_repo), paths=paths, **given)
+            commands['dino repository'] = lambda **given: common.child(__file__, 'repository', repo=os.path.abspath(args.dino_repo),
+                                                                       paths=paths, **given)
             grids['dino repository'] = common.grid(workers=[0, 1, 2])
         common.compare('dino', commands, grids, args)

@@ -49,7 +49,8 @@ def main(out, encoder, llm, batch, steps, rounds, questions):
     rows = []
     with tempfile.TemporaryDirectory() as d:
         Path(d, 'settings.ini').touch()
-        run = settings('mini', encoder=encoder, stage1_samples=64, llm=llm, stage2_batch=batch, stage2_samples=batch*steps*rounds, questions=0)
+        run = settings('mini', encoder=encoder, stage1_samples=64, llm=llm, stage2_batch=batch, stage2_samples=batch*steps*rounds,
+                       questions=0)
         clipdino.vlm.WORLD_ROWS['mini'] = (64, questions)
         begun = time.perf_counter()
         p = Parts(run, Path(d), accelerator(run, Path(d)))
@@ -63,8 +64,11 @@ def main(out, encoder, llm, batch, steps, rounds, questions):
                 begun, cpu = time.perf_counter(), time.process_time()
                 n = sum(f() for _ in range(steps))
                 seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
-                rows.append(dict(what=what, round=r, encoder=encoder, llm=llm, batch=batch, per_s=round(n/seconds, 2), per_cpu_s=round(n/cpu, 2), parameters_lm=sum(v.numel() for v in p.reader.lm.parameters()), seconds_to_load=round(made, 1),
-                                 machine=environment()['device'], threads=torch.get_num_threads(), torch=torch.__version__, commit=environment()['commit']))
+                rows.append(dict(what=what, round=r, encoder=encoder, llm=llm, batch=batch, per_s=round(n/seconds, 2),
+                                 per_cpu_s=round(n/cpu, 2), parameters_lm=sum(v.numel() for v in p.reader.lm.parameters()),
+                                 seconds_to_load=round(made, 1),
+                                 machine=environment()['device'], threads=torch.get_num_threads(), torch=torch.__version__,
+                                 commit=environment()['commit']))
                 print(f'{r}  {what:14} {rows[-1]["per_s"]:8.1f} conversations/s', flush=True)
                 pd.DataFrame(rows).to_csv(out, index=False)
     for by, unit in dict(per_s='second', per_cpu_s='second of the processor').items():
@@ -75,5 +79,6 @@ def main(out, encoder, llm, batch, steps, rounds, questions):
 if __name__ == '__main__':
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a.add_argument('out')
-    for k, v in dict(encoder='random:clipdino_vit_mini', llm='world', batch=64, steps=12, rounds=5, questions=2000).items(): a.add_argument(f'--{k}', type=type(v), default=v)
+    for k, v in dict(encoder='random:clipdino_vit_mini', llm='world', batch=64, steps=12, rounds=5, questions=2000).items():
+        a.add_argument(f'--{k}', type=type(v), default=v)
     main(**vars(a.parse_args()))
