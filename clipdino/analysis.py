@@ -486,11 +486,14 @@ def collect(folders)->pd.DataFrame: # finished analyses
         for v in r['sensitivity']: add(v['encoder'], 'sensitivity', v['factor'], v['ratio'], v['interval'], v['readout'])
         for v in r['symbols']: add(v['encoder'], 'similarity', v['differs'], v['similarity'], v['interval'], v['readout'])
         for v in r['conflicts']:
-            add(v['encoder'], 'conflict', 'shape_bias', v['shape_bias'], v['interval']), add(v['encoder'], 'conflict', 'shape', v['shape']), add(v['encoder'], 'conflict', 'ordinary', v['ordinary'])
+            add(v['encoder'], 'conflict', 'shape_bias', v['shape_bias'], v['interval'])
+            for k in 'shape', 'ordinary': add(v['encoder'], 'conflict', k, v[k])
         for v in r['structure']['rows']: [add(v['encoder'], 'structure', k, x) for k, x in v.items() if k != 'encoder']
         for side in 'first', 'second':
-            for v in r['disagreement'][side]['shared']:
-                add(r['disagreement'][side]['alike_for'], 'shared', v['factor'], v['share'], (v['low'], v['high'])), add(r['disagreement'][side]['alike_for'], 'shared by any two', v['factor'], v['of_all'])
+            pairs = r['disagreement'][side]
+            for v in pairs['shared']:
+                add(pairs['alike_for'], 'shared', v['factor'], v['share'], (v['low'], v['high']))
+                add(pairs['alike_for'], 'shared by any two', v['factor'], v['of_all'])
     return pd.DataFrame(rows).round(5)
 
 def show_objectives(runs:pd.DataFrame, readout:str=READOUTS[0]): # from `collect`

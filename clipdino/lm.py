@@ -148,7 +148,8 @@ def train_small(run:SmallLM, tokenizer, device='cpu', folder:Path|None=None, eve
     "The model after training, which goes on from what `folder` has"
     model, form, steps = small_model(run, tokenizer).to(device), Form(tokenizer), run.docs//run.batch
     matrices, rest = ([w for n, w in model.named_parameters() if (w.ndim == 2 and 'embed' not in n) == hidden] for hidden in (True, False))
-    opts = torch.optim.Muon(matrices, momentum=.95, weight_decay=.01, adjust_lr_fn='match_rms_adamw'), torch.optim.AdamW(rest, betas=(.9, .98), weight_decay=0., fused=True)
+    opts = (torch.optim.Muon(matrices, momentum=.95, weight_decay=.01, adjust_lr_fn='match_rms_adamw'),
+            torch.optim.AdamW(rest, betas=(.9, .98), weight_decay=0., fused=True))
     start = load_state(folder, model.model, Both(*opts)) if folder else 0
     if start: say(f'continuing the small language model from step {start} of {steps}')
     letters, shown = torch.tensor(tokenizer.convert_tokens_to_ids(list(LETTERS)), device=device), Progress(steps, start)
@@ -212,4 +213,5 @@ def reading_scores(model, tokenizer, n:int=2000, batch:int=100)->pd.DataFrame:
         x, last = nn.utils.rnn.pad_sequence([torch.from_numpy(ids[i]) for i in at], batch_first=True), torch.tensor([len(ids[i]) - 1 for i in at])
         scores = model(x).logits[torch.arange(len(at)), last][:, letters]
         right[at] = [LETTERS[k] == made[i][1]['answer'] for k, i in zip(scores.argmax(1), at)]
-    return pd.Series(right).groupby([r['category'] for _, r in made]).mean().reindex([c for c in CATEGORIES if c in {r['category'] for _, r in made}]).rename('accuracy').to_frame()
+    of = [r['category'] for _, r in made]
+    return pd.Series(right, name='accuracy').groupby(of).mean().reindex([c for c in CATEGORIES if c in of]).to_frame()

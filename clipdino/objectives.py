@@ -117,7 +117,8 @@ def make_encoder(arch:str, # a timm ViT
     for i, b in enumerate(encoder.blocks if drop_path else ()):
         if i: b.drop_path1, b.drop_path2 = (DropPath(drop_path*i/(len(encoder.blocks) - 1), 2*i + k) for k in (0, 1))
     last = encoder.blocks[-1]
-    if class_only and encoder.global_pool == 'token' and not hasattr(encoder, 'dist_token') and type(last) is Block and type(last.attn) is Attention and getattr(last.attn, 'gate', None) is None:
+    plain = type(last) is Block and type(last.attn) is Attention and getattr(last.attn, 'gate', None) is None
+    if class_only and plain and encoder.global_pool == 'token' and not hasattr(encoder, 'dist_token'):
         last.__class__ = LastBlock
     return encoder
 

@@ -732,7 +732,8 @@ def costs(preset:str, batch:int=0)->pd.DataFrame: # images in a step that is tim
         row = dict(preset=preset, objective=o, images=run.steps*run.batch, **c)
         if batch:
             with tempfile.TemporaryDirectory() as d:
-                row['hours here'] = row['images']/3600*seconds_per_image(Trainer(replace(run, batch=batch, micro=0, workers=0, probes=0), Path(d), source=Blank(run.canvas)))
+                trainer = Trainer(replace(run, batch=batch, micro=0, workers=0, probes=0), Path(d), source=Blank(run.canvas))
+                row['hours here'] = row['images']/3600*seconds_per_image(trainer)
         rows.append(row | {g: c['gflop']*row['images']/3600/(.4*1e3*tflops) for g, tflops in GPUS.items()})
     return pd.DataFrame(rows)
 
@@ -793,7 +794,8 @@ def retrieval(trainer, source, batch:int=256)->dict:
         # in place of the others are pairs that come again
         good = [j for j, k in enumerate(ids.tolist()) if not bad or source.key(k) not in bad]
         if not good: continue
-        xs.append(o.embed_image(centre(torch.from_numpy(images[good]).to(device), torch.as_tensor(hw[good], device=device), trainer.run.image_size, MEAN, STD).to(next(o.parameters()).dtype)))
+        x = centre(torch.from_numpy(images[good]).to(device), torch.as_tensor(hw[good], device=device), trainer.run.image_size, MEAN, STD)
+        xs.append(o.embed_image(x.to(next(o.parameters()).dtype)))
         ts.append(o.embed_text(o.text.tokenize([captions[j] for j in good]).to(device)))
     xs, ts = torch.cat(xs), torch.cat(ts)
     check(xs.isfinite().all() and ts.isfinite().all(), 'embeddings of held-out pairs are not finite')

@@ -120,7 +120,9 @@ def readers(device)->int:
 def read_ahead(source, ids:list, size:int, processes:int): # of each batch; 0: in a thread
     "Yields batches of pictures; the next are read meanwhile"
     read = Read(source, ids, size)
-    for made in DataLoader(read, batch_size=None, num_workers=min(processes, len(ids)), multiprocessing_context='fork' if sys.platform == 'linux' else None) if processes else prefetch(read[k] for k in range(len(ids))):
+    fork = 'fork' if sys.platform == 'linux' else None
+    for made in (DataLoader(read, batch_size=None, num_workers=min(processes, len(ids)), multiprocessing_context=fork) if processes
+                 else prefetch(read[k] for k in range(len(ids)))):
         if isinstance(made, Exception): raise made
         yield made.numpy()
 
@@ -310,10 +312,12 @@ def probe_task(t:Task, encoder:Encoder, run:ProbeRun, earlier:dict)->tuple: # pr
         probes['knn'] = lambda z: knn(t.x[:, 0], t.y, z[:, 0], k, device=device)
         least = np.bincount(t.y, minlength=k).min()
         shots = {n: few_shot(t.x[:, 0], t.y, t.x_test[:, 0], t.y_test, k, n, seed=run.seed) for n in SHOTS if n <= least}
-        result |= dict(few_shot={str(n): dict(top1=float(np.mean(a)), deviation=float(np.std(a, ddof=1)), draws=len(a)) for n, a in shots.items()}, tried=tried.round(dict(accuracy=5)).to_dict('records'))
+        result |= dict(few_shot={str(n): dict(top1=float(np.mean(a)), deviation=float(np.std(a, ddof=1)), draws=len(a))
+                                 for n, a in shots.items()}, tried=tried.round(dict(accuracy=5)).to_dict('records'))
     scores = {how: p(t.x_test) for how, p in probes.items()}
     if encoder.has_text:
-        scores['zero_shot'] = torch.from_numpy(np.array(features(encoder, t.test, joint, batch=run.batch)[slice(None) if t.rows is None else t.rows])) @ name_classes(encoder, t.names, t.name).T
+        x = features(encoder, t.test, joint, batch=run.batch)[slice(None) if t.rows is None else t.rows]
+        scores['zero_shot'] = torch.from_numpy(np.array(x)) @ name_classes(encoder, t.names, t.name).T
     for how, s in scores.items(): result[how] = report(s, t.y_test, t.names)
     for how in ('linear', 'linear_cls'): result[how]['setting'] = asdict(probes[how].setting)
     return dict(result, test=digest(list(t.names), t.y_test.tobytes())), {how: s.argmax(1).numpy() == t.y_test
@@ -480,7 +484,8 @@ def collect(folders)->pd.DataFrame: # finished probing runs
             if 'miou' in t:
                 rows.append(dict(same, task=task, how='miou', value=t['miou'], low=t['interval'][0], high=t['interval'][1],
                                  chance=t['constant'], pictures=t['pictures']))
-            rows += [dict(same, task=task, how=how, value=v['top1'], low=v['interval'][0], high=v['interval'][1], chance=v['chance'], pictures=v['pictures']) for how, v in t.items() if how in (*HOW, 'linear_cls')]
+            rows += [dict(same, task=task, how=how, value=v['top1'], low=v['interval'][0], high=v['interval'][1], chance=v['chance'],
+                          pictures=v['pictures']) for how, v in t.items() if how in (*HOW, 'linear_cls')]
             rows += [dict(same, task=task, how=f'{n} shots', value=v['top1'], chance=t['knn']['chance'], pictures=t['knn']['pictures'])
                      for n, v in t.get('few_shot', {}).items()]
     return pd.DataFrame(rows).round(5)

@@ -145,7 +145,8 @@ def patches_of(folders, layer:int)->pd.DataFrame: # finished pre-trainings
                          for run, kind, d in encoders for i, c in enumerate(analysis.patch_colours(load_encoder(f'{kind}{d}'), images, layer))])
 
 def read_table(path:Path)->pd.DataFrame:
-    return pd.read_csv(path, dtype=dict(variant=str, colours=str), keep_default_na=False, na_values=dict.fromkeys(('value', 'low', 'high'), '')) if path.exists() else pd.DataFrame()
+    if not path.exists(): return pd.DataFrame()
+    return pd.read_csv(path, dtype=dict(variant=str, colours=str), keep_default_na=False, na_values=dict.fromkeys(('value', 'low', 'high'), ''))
 
 # %% ../nbs/07_study.ipynb #e3cef500
 class Results:
@@ -247,7 +248,8 @@ class Results:
             return 'untrained' if name != r.of else objective, differs or r.variant != ''
         who = [about(r) for r in runs.index]
         t = runs.assign(objective=[o for o, _ in who], variants=['others' if d else '' for _, d in who])
-        return t.groupby(['kind', 'objective', 'variants', 'device']).commit.agg(versions=lambda c: ', '.join(f'{v[:7]} ({n})' for v, n in c.value_counts(sort=False).items())).reset_index()
+        def counted(commits): return ', '.join(f'{v[:7]} ({n})' for v, n in commits.value_counts(sort=False).items())
+        return t.groupby(['kind', 'objective', 'variants', 'device']).commit.agg(versions=counted).reset_index()
 
 # %% ../nbs/07_study.ipynb #915e1bdc
 @dataclass(frozen=True)
@@ -588,7 +590,8 @@ def show_claims(tables:dict): # of `judgements`
                xlabel=f'difference, {UNITS.get(u, u)}')
         ax.locator_params(axis='x', nbins=6)
     def marks(labels, **looks): return [(plt.Line2D([], [], ls='', **{k: f(v) for k, f in looks.items()}), v) for v in labels]
-    have = marks((v for v in VERDICTS if v in set(t.verdict)), color=VERDICTS.get, marker=lambda v: 'o') + marks((w for k, w in enumerate(tables) if k in set(t.way)), color=lambda w: 'k', marker=lambda w: 'os^'[list(tables).index(w)])
+    have = marks((v for v in VERDICTS if v in set(t.verdict)), color=VERDICTS.get, marker=lambda v: 'o')
+    have += marks((w for k, w in enumerate(tables) if k in set(t.way)), color=lambda w: 'k', marker=lambda w: 'os^'[list(tables).index(w)])
     fig.legend(*zip(*have), loc='outside lower center', ncols=4)
 
 # %% ../nbs/07_study.ipynb #605b6e03
@@ -633,7 +636,8 @@ def abstract(r:Results, tables:dict): # of `judgements`
         return '\n'.join(f'- *{v}*: ' + '; '.join(f'{c.says}: {measured(c)}'.removesuffix(': ') for c in g.itertuples())
                          for v, g in t.groupby(t.apply(ruled, axis=1), sort=False))
     seeds = sorted({int(n) for t in tables.values() for n in t.seeds.dropna()})
-    return Markdown('\n\n'.join([f'Preset `{r.preset}`, {" or ".join(map(str, seeds)) or "no"} seeds, {len(r.questions)} questions for each VLM; effects with 95% intervals.', *(f'{way.capitalize()}:\n\n{listed(t)}' for way, t in tables.items())]))
+    head = f'Preset `{r.preset}`, {" or ".join(map(str, seeds)) or "no"} seeds, {len(r.questions)} questions for each VLM; effects with 95% intervals.'
+    return Markdown('\n\n'.join([head, *(f'{way.capitalize()}:\n\n{listed(t)}' for way, t in tables.items())]))
 
 # %% ../nbs/07_study.ipynb #8efda55e
 MARKS = '<!-- claims -->', '<!-- end of claims -->'
@@ -728,7 +732,8 @@ READ = *SETS, 'object', 'within families', 'word', 'count', 'position', 'colour'
 
 def kinds_of_tasks(r:Results, a:str='clip', b:str='dino', matching:str='samples')->pd.DataFrame:
     "Difference of two objectives in everything that has an accuracy and whose runs are there"
-    kinds = [('linear probe', t, partial(probed, r, t, a, b)) for t in READ] + [('linear segmentation', 'objects and words', partial(probed, r, 'maps of world', a, b, 'miou'))]
+    kinds = [('linear probe', t, partial(probed, r, t, a, b)) for t in READ]
+    kinds += [('linear segmentation', 'objects and words', partial(probed, r, 'maps of world', a, b, 'miou'))]
     kinds += [('VLM', f'{short(g)} questions', partial(answered, r, members, a, b)) for g, members in (*GROUPS.items(), ('Vision', VISION))]
     rows = []
     for how, what, f in kinds:

@@ -149,7 +149,8 @@ class TowerConfig(PreTrainedConfig):
     "A model of timm, or one of transformers that LLaVA has no way to read, as a vision tower"
     model_type = 'clipdino_tower'
     def __init__(self, arch:str='vit_tiny_patch16_224', args:dict|None=None, layer:int=-2, image_size:int=224, patch_size:int=16, hidden_size:int=192, num_hidden_layers:int=12, **kw):
-        self.arch, self.args, self.layer, self.image_size, self.patch_size, self.hidden_size, self.num_hidden_layers = arch, args or {}, layer, image_size, patch_size, hidden_size, num_hidden_layers
+        self.arch, self.args, self.layer, self.image_size, self.patch_size = arch, args or {}, layer, image_size, patch_size
+        self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
         super().__init__(**kw)
 
 class Tower(PreTrainedModel):
@@ -420,7 +421,8 @@ class Reader(nn.Module):
     "What is trained of a VLM: connector and language model, on patch tokens that are there already"
     def __init__(self, vlm:LlavaForConditionalGeneration):
         super().__init__()
-        self.connector, self.lm, self.tied = vlm.model.multi_modal_projector, vlm.model.language_model, vlm.lm_head.weight is vlm.model.language_model.get_input_embeddings().weight
+        self.connector, self.lm = vlm.model.multi_modal_projector, vlm.model.language_model
+        self.tied = vlm.lm_head.weight is self.lm.get_input_embeddings().weight
         self.head = None if self.tied else vlm.lm_head
     def embed(self, ids, image, tokens): # (B, L), (B, L) where pictures stand, (K, N, D)
         "The language model's input, as `LlavaForConditionalGeneration` makes it"
@@ -563,7 +565,8 @@ class Stage:
 
     def fit(self):
         "Train to the end of the stage"
-        p, run, every, save_every = self.p, self.p.run, max(self.steps//100, 1), max(self.p.run.save_every//self.p.run.of(self.k, 'batch'), 1)
+        p, run, every = self.p, self.p.run, max(self.steps//100, 1)
+        save_every = max(run.save_every//run.of(self.k, 'batch'), 1)
         shown, clock, since, waited = Progress(self.steps, self.step), time.time(), self.step, 0.
         with ThreadPoolExecutor(1) as ex:
             ahead = ex.submit(self.parts, self.step) if self.step < self.steps else None
@@ -592,7 +595,8 @@ class Parts:
         self.processor = make_processor(run, self.encoder, self.tokenizer)
         # after all that may be refused: every picture is looked at
         self.chats = [make_chats(run, k, self.encoder.mean, folder) for k in (1, 2)]
-        self.batches = [Batches(c, self.tokenizer, picture_tokens(run, self.encoder), run.of(k, 'batch'), run.seed, run.context, plain=k == 1, template=run.template) for k, c in enumerate(self.chats, 1)]
+        self.batches = [Batches(c, self.tokenizer, picture_tokens(run, self.encoder), run.of(k, 'batch'), run.seed, run.context,
+                                plain=k == 1, template=run.template) for k, c in enumerate(self.chats, 1)]
         data = digest(self.fingerprint,
                       tensors_digest({k: v.cpu() for k, v in self.reader.state_dict().items() if not k.startswith('connector.')}),
                       *(b.fingerprint for b in self.batches))

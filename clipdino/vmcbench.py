@@ -222,7 +222,8 @@ def answers(vlm:VLM, questions:Questions, batches:list, how:str='both', blind:bo
         try: got = ask(vlm, x, letters, how, max_new_tokens)
         except torch.OutOfMemoryError:
             raise SettingsError(f'batch={len(ids)} does not fit into the memory of {vlm.model.device}; give a smaller one') from None
-        yield [dict(row=i, index=r['index'], category=r['category'], question=r['question'], options=[r[l] for l in LETTERS], answer=r['answer'], **a) for i, a in zip(ids, got) for r in [questions.rows[i]]]
+        yield [dict(row=i, index=r['index'], category=r['category'], question=r['question'], options=[r[l] for l in LETTERS],
+                    answer=r['answer'], **a) for i, a in zip(ids, got) for r in [questions.rows[i]]]
 
 def batched(order:list, size:int)->list: return [order[a:a + size] for a in range(0, len(order), size)]
 
@@ -530,7 +531,8 @@ def show_table(found:dict, questions:str, aggregation:str='sets', data_sets:bool
 def show_objectives(found:dict, questions:str, aggregation:str='sets', protocol:str='calibrated'): # of `by_objective`
     "Accuracy by objective on each data set and group, with intervals over seeds and questions"
     some = next(iter(found.values()))
-    rows = [(named(questions, c), 'data_sets', c) for _, members in ordered(some['data_sets']) for c in members] + [(short(g), aggregation, g) for g in (*SUBSETS, 'overall') if g in some[aggregation]]
+    rows = [(named(questions, c), 'data_sets', c) for _, members in ordered(some['data_sets']) for c in members]
+    rows += [(short(g), aggregation, g) for g in (*SUBSETS, 'overall') if g in some[aggregation]]
     fig, ax = plt.subplots(figsize=(7, .36*len(rows) + .8))
     for k, (o, t) in enumerate(found.items()):
         dots(ax, [t[way][level] for _, way, level in rows], np.arange(len(rows)) + .7*(k/max(len(found) - 1, 1) - .5),
