@@ -193,7 +193,7 @@ class Plan:
         for k in (k for k, v in changes.items() if callable(v)):
             check(getattr(before, k), f'{k}=0 of the preset {self.grid.preset} means all that there is, of which a study can take no multiple: give a number, as in --given "{kind}.{k}=500000"')
         changes = {k: v(getattr(before, k), before) if callable(v) else v for k, v in changes.items()}
-        # which folders are named after anyway
+        # folders are named after the llm anyway
         return dict(parameters, **changes, tag=''.join(f'-{k}-{slug(str(v))}' for k, v in changes.items() if k != 'llm'))
 
     def encoder(self, objective:str, seed:int, changes:dict={})->str:

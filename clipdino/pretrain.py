@@ -298,7 +298,7 @@ def _distilling(run:Pretrain, dim:int)->dict: # of the encoder's class token
                 freeze_last=run.freeze_last)
 
 def _objective(run:Pretrain)->nn.Module:
-    # which may read patch tokens
+    # objectives of others may read patch tokens
     encoder = make_encoder(run.arch, run.image_size, run.seed, run.drop_path, class_only=run.objective not in OWN)
     dino = _distilling(run, encoder.num_features) if run.objective in DISTILS else {}
     if run.objective == 'dino': return DINO(encoder, **dino)
@@ -478,7 +478,7 @@ def make_probe(run:Pretrain, split:str='val'):
     return Probe(world_tasks(run.canvas, split, *((64, 64) if run.preset == 'smoke' else ()))) if run.data == 'world' else None
 
 # %% ../nbs/02_pretrain.ipynb #a4b304f3
-# that processes wait for the first one while it probes, saves or exports; torch's ten minutes would end the run
+# how long processes wait for the first one while it probes, saves or exports; torch's ten minutes would end the run
 _PATIENCE = timedelta(hours=1)
 
 def precision_of(run:Pretrain)->str:

@@ -600,7 +600,7 @@ def measured(c)->str: # row of `judge`
     if c.effect != c.effect: return ''
     digits = DIGITS[c.unit]
     def number(x): return f'{round(x, digits) + 0.:+.{digits}f}'  # the sum: no -0.0
-    # which no line breaks in two
+    # no line breaks at this space
     return number(c.effect) + ' points'*(c.unit == 'points') + (f' [{number(c.low)},\xa0{number(c.high)}]' if c.low == c.low else '')
 
 def ruled(c)->str: # row of `judge`
@@ -666,8 +666,8 @@ if __name__ == '__main__' and '__file__' in globals():  # as a program; in a not
     except (SettingsError, CannotWrite, BadData) as e: sys.exit(str(e))
 
 # %% ../nbs/07_study.ipynb #c7bc0bb6
+# what is followed: tasks, or data sets of questions
 LINES = {'linear probe': dict(objects='object', words='word', colour='colour', style='style'),
-         # what is followed: tasks, or data sets of questions
          'VLM': dict(OCR=list(GROUPS['OCR']), Vision=list(VISION), all=list(CATEGORIES))}
 LINE_COLOURS = dict(objects='C0', words='C1', colour='C3', style='C4', OCR='C1', Vision='C2', all='k')
 VARIED = dict(images='distinct images', captions='captions', samples='images seen by CLIP (DINO: full run)',

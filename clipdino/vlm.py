@@ -532,8 +532,8 @@ class Stage:
             b = {k: v.to(acc.device, non_blocking=True) for k, v in b.items()}
             # split gradients are summed after each part, or each process would hold all of them
             with nullcontext() if j == len(parts) - 1 or self.sharded else acc.no_sync(model):
-                with acc.autocast(AutocastKwargs(cache_enabled=not self.sharded)):
-                    loss = model(**b)/n  # what it kept of split weights would be the whole model
+                # what a cache kept of split weights would be the whole model
+                with acc.autocast(AutocastKwargs(cache_enabled=not self.sharded)): loss = model(**b)/n
                 acc.backward(loss*acc.num_processes)  # whose gradients are averaged
             total = total + loss.detach()
         return total
@@ -630,8 +630,8 @@ class Parts:
             from peft import LoraConfig, get_peft_model  # takes a second
             with seeded(self.run.seed, _STREAM, 3):
                 self.adapted = get_peft_model(self.reader.lm,
+                                              # LLaVA-1.5: alpha is twice the rank; dropout would need a stream
                                               LoraConfig(r=self.run.lora, lora_alpha=2*self.run.lora, lora_dropout=0.,
-                                                         # LLaVA-1.5: alpha is twice the rank; dropout would need a stream
                                                          target_modules='all-linear'))
             self.reader.lm = self.adapted.base_model.model
         for name, v in self.reader.named_parameters():

@@ -110,7 +110,7 @@ def load_vlm(name:str|Path, device='cpu', precision:str='auto')->VLM: # a run, o
         raise SettingsError(f'vlm={name!r} is no run, folder or hub name of an image-text-to-text model that can be opened here ({str(e).strip().splitlines()[0][:200]})') from None
     lacks = sorted(info['missing_keys'])  # transformers would make them up
     check(not lacks, f'{name} lacks {len(lacks)} of its weights, {lacks[:1]} among them')
-    # in which letters of a small model would often be level
+    # in bf16 the letters of a small model would often be level
     half = precision == 'bf16' or precision == 'auto' and torch.device(device).type == 'cuda' and model.num_parameters() >= 1e9
     model = model.to(torch.bfloat16 if half else torch.float32)
     processor.chat_template = own_template(processor)

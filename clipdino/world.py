@@ -65,7 +65,7 @@ POSITIONS = tuple(f'{v} {h}'.strip().replace('middle centre', 'centre') for v in
 SCALES = 'small', 'medium', 'large'
 ROTATIONS = 'left', 'upright', 'right'
 KINDS = 'object', 'placed', 'word', 'sign', 'several', 'bars', 'line', 'table', 'diagram'
-# of the training distribution
+# shares of the kinds in the training distribution
 MIX = dict(object=.62, placed=.06, word=.12, sign=.04, several=.06, bars=.025, line=.025, table=.025, diagram=.025)
 SPLITS = 'train', 'probe', 'val', 'test'
 POLICIES = 'web', 'no-text', 'colour', 'style', 'full'
