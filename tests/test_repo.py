@@ -96,6 +96,11 @@ def test_no_page_is_older_than_the_results():
     assert len(pages) >= 5
     for p in pages: assert f'from result files {stamp()}' in p.read_text(), f'execute {p.name} again'
     assert f'from result files {stamp()}:' in (root/'README.md').read_text(), 'run python -m clipdino.study again'
+    from clipdino.study import OTHERWISE
+    for p in (root/'nbs'/f'{n}.ipynb' for n in ('07_study', 'index')):
+        shown = ''.join(o['data']['text/html'] if isinstance(o['data']['text/html'], str) else ''.join(o['data']['text/html'])
+                        for c in cells(p) for o in c.get('outputs', []) if 'text/html' in o.get('data', {}))
+        assert [k for k in OTHERWISE if f'>{k}</th>' not in shown] == [], f'execute {p.name} again'
 
 @pytest.mark.parametrize('page, module, name', [('02_pretrain', 'pretrain', 'Pretrain'), ('03_probe', 'probe', 'ProbeRun'),
                                                 ('04_analysis', 'analysis', 'AnalysisRun'), ('05_vlm', 'vlm', 'VLMRun'),
