@@ -114,7 +114,7 @@ def test_the_readme_has_two_commands():
     "One ends with the main job run, one with the tests passed; CI takes the second from here"
     commands = re.findall(r'```sh\n(.+)\n```', (root/'README.md').read_text())
     assert [c.split(' && ')[-1] for c in commands] == ['papermill nbs/02_pretrain.ipynb runs/clip.ipynb -p objective clip',
-                                                       'OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile tests']
+                                                       'OMP_NUM_THREADS=1 pytest tests']
 
 def test_pixels_belong_to_a_version():
     "Cached worlds are keyed by `VERSION`: who changes what is drawn or said has to raise it, and these digests with it"
