@@ -146,7 +146,8 @@ def patches_of(folders, layer:int)->pd.DataFrame: # finished pre-trainings
 
 def read_table(path:Path)->pd.DataFrame:
     if not path.exists(): return pd.DataFrame()
-    return pd.read_csv(path, dtype=dict(variant=str, colours=str), keep_default_na=False, na_values=dict.fromkeys(('value', 'low', 'high'), ''))
+    return pd.read_csv(path, dtype=dict(variant=str, colours=str), keep_default_na=False,
+                       na_values=dict.fromkeys(('value', 'low', 'high'), ''))
 
 # %% ../nbs/07_study.ipynb #e3cef500
 class Results:
