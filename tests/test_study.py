@@ -203,7 +203,7 @@ def test_what_claims_say_in_words(tmp_path):
     assert list(t.columns) == ['factor', 'clip', 'dino', 'untrained', 'CLIP minus DINO', 'DINO minus untrained'] and list(t.factor) == ['object', 'word', 'colour', 'style']
     for a, b, column in ('clip', 'dino', 'CLIP minus DINO'), ('dino', 'untrained', 'DINO minus untrained'):
         assert [float(v.split()[0]) for v in t[column]] == pytest.approx([d.mean() for d, _ in moves(r, a, b).values()], abs=.006)
-    assert '*replicated*: ' in (a := abstract(r, tables).data) and 'Distinct symbols are less alike for CLIP: -0.20 [' in a and '3 seeds, 1000 questions' in a
+    assert '*replicated*: ' in (a := abstract(r, tables).data) and 'Distinct symbols are less alike for CLIP: -0.20 [' in a and '3 seeds, 1,000 questions' in a
 
 @pytest.mark.parametrize('length, most, between, wrong',
                          [('shorter stage 1', 'stage1_samples=16384', 'stage1_samples=32768', 'stage1_samples=262144'),
