@@ -81,8 +81,8 @@ def settings(preset:str='mini', **given)->AnalysisRun:
 # %% ../nbs/04_analysis.ipynb #9171ffb8
 def tokens_of(encoder:Encoder, images, layer:int=-1, batch:int=256)->tuple: # uint8 (n, S, S, 3) -> (n, D), (n, D'), on the CPU
     "Class token and mean of the patch tokens of pictures in memory"
-    parts = [encoder.tokens(encoder.prepare(images[a:a + batch]), (layer,))[0] for a in range(0, len(images), batch)]
-    out = tuple(torch.cat([x.float().cpu() for x in xs]) for xs in zip(*((cls, patches.mean(1)) for cls, patches in parts)))
+    def of(images): return [x.float().cpu() for cls, patches in encoder.tokens(encoder.prepare(images), (layer,)) for x in (cls, patches.mean(1))]
+    out = tuple(map(torch.cat, zip(*(of(images[a:a + batch]) for a in range(0, len(images), batch)))))
     check(all(bool(x.isfinite().all()) for x in out), f'features of {encoder.name} are not finite')
     return out
 
@@ -384,7 +384,7 @@ def names_in(result:dict)->list: return [e['name'] for e in result['encoders']]
 def read_by(result:dict, what:str, readout:str)->list: # one of `READOUTS`
     "Rows of a result"
     one_of('readout', readout, READOUTS)
-    return [r for r in result[what] if r['readout'] == readout]
+    return [r for r in result[what] if r.get('readout', READOUTS[0]) == readout]  # older results have the first alone
 
 def show_sensitivity(result:dict, readout:str=READOUTS[0]):
     "How far each encoder moves with each factor"
@@ -483,8 +483,8 @@ def collect(folders)->pd.DataFrame: # finished analyses
         def add(encoder, what, row, value, interval=(None, None), readout=READOUTS[0]):
             rows.append(dict(run=d.name, encoder=encoder, weights=weights[encoder], what=what, row=row, readout=readout, value=value,
                              low=interval[0], high=interval[1], commit=r['environment']['commit']))
-        for v in r['sensitivity']: add(v['encoder'], 'sensitivity', v['factor'], v['ratio'], v['interval'], v['readout'])
-        for v in r['symbols']: add(v['encoder'], 'similarity', v['differs'], v['similarity'], v['interval'], v['readout'])
+        for v in r['sensitivity']: add(v['encoder'], 'sensitivity', v['factor'], v['ratio'], v['interval'], v.get('readout', READOUTS[0]))
+        for v in r['symbols']: add(v['encoder'], 'similarity', v['differs'], v['similarity'], v['interval'], v.get('readout', READOUTS[0]))
         for v in r['conflicts']:
             add(v['encoder'], 'conflict', 'shape_bias', v['shape_bias'], v['interval'])
             for k in 'shape', 'ordinary': add(v['encoder'], 'conflict', k, v[k])

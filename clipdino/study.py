@@ -291,10 +291,10 @@ def by_seed(t:pd.DataFrame, a:str, b:str, what:str)->tuple: # rows with objectiv
 # %% ../nbs/07_study.ipynb #7204187b
 MATCHINGS = 'samples', 'accuracy', 'compute'
 
-def curves(r:Results, variants=None)->pd.DataFrame: # variants: None for all
+def curves(r:Results)->pd.DataFrame:
     "Held-out linear probes of classes during pre-training, the world's objects or those of a labelled set, in per cent"
     t = r.pretrain[(r.pretrain.split == 'val') & r.pretrain.task.isin(('object', 'classes')) & (r.pretrain.readout == 'linear')]
-    return (t if variants is None else t[t.variant.isin(variants)]).assign(value=100*t.accuracy)
+    return t.assign(value=100*t.accuracy)
 
 def at_end(r:Results)->pd.Series: # by objective and variant
     "What `curves` come to, on average over seeds"
