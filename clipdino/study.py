@@ -361,10 +361,12 @@ def answered(r:Results, members, a:str, b:str, protocol:str='calibrated', aggreg
 def differences(r:Results, a:str, b:str, protocol:str, variants:dict, seeds=None)->dict: # seed -> (n,)
     "Right answers of one objective's VLM less those of the other's, question by question"
     ours, theirs = (of_vlms(r, o, protocol, variants.get(o, ''), seeds) for o in (a, b))
-    check(ours and list(ours) == list(theirs),
+    # as in `of_main`, a variant has the seeds that it was made with
+    common = [s for s in ours if s in theirs or not variants.get(b)]
+    check(common and common == [s for s in theirs if s in ours or not variants.get(a)],
           f'answers{" with " + ", ".join(dict.fromkeys(filter(None, variants.values()))) if any(variants.values()) else ""}: '
           f'{a} has the seeds {list(ours)} and {b} has {list(theirs)}; they must have the same')
-    return {s: ours[s] - theirs[s] for s in ours}
+    return {s: ours[s] - theirs[s] for s in common}
 
 def of_vlms(r:Results, objective:str, protocol:str, variant:str='', seeds=None)->dict: # seed -> (n,)
     "Which questions an objective's VLMs answer right"
@@ -552,7 +554,8 @@ def judge(r:Results, **how)->pd.DataFrame: # arguments of the claims but `a` and
 
 # %% ../nbs/07_study.ipynb #2aa0bb85
 # how everything is reported
-WAYS = {'equal samples': {}, 'equal accuracy': dict(matching='accuracy'), 'longer stage 2': dict(length='longer stage 2')}
+WAYS = {'equal samples': {}, 'equal accuracy': dict(matching='accuracy'), 'longer stage 2': dict(length='longer stage 2'),
+        'equal accuracy, longer stage 2': dict(matching='accuracy', length='longer stage 2')}
 OTHERWISE = WAYS | {'equal compute': dict(matching='compute'), 'shorter stage 1': dict(length='shorter stage 1'),
                     'class token alone': dict(how='linear_cls'), '20 nearest neighbours': dict(how='knn'),
                     'mean patch': dict(readout='mean patch'), 'standardised class token': dict(readout='standardised'),
@@ -584,7 +587,7 @@ def show_claims(tables:dict): # of `judgements`
     for ax, (u, ids) in zip(axes[:, 0], rows.items()):
         for c in t[t.unit == u].itertuples():
             ax.errorbar(c.effect, ids.index(c.claim) + .24*(c.way - (len(tables) - 1)/2), xerr=[[c.effect - c.low], [c.high - c.effect]],
-                        fmt='os^'[c.way], ms=5, lw=1.5, color=VERDICTS[c.verdict], mfc='w' if c.verdict == 'not shown better' else None)
+                        fmt='os^D'[c.way], ms=5, lw=1.5, color=VERDICTS[c.verdict], mfc='w' if c.verdict == 'not shown better' else None)
         ax.axvline(0, color='grey', lw=1)
         if u == 'points': ax.axvspan(-MARGIN, MARGIN, color='.93', zorder=0)
         ax.set(yticks=range(len(ids)), yticklabels=[textwrap.fill(f'{CLAIMS[i].says} ({i})', 30) for i in ids], ylim=(len(ids) - .4, -.6),
@@ -594,7 +597,7 @@ def show_claims(tables:dict): # of `judgements`
     seen = [v for v in VERDICTS if v in set(t.verdict)]
     fig.legend(*zip(*marks(seen, color=VERDICTS.get, marker=lambda v: 'o', mfc=lambda v: 'w' if v == 'not shown better' else VERDICTS[v])),
                title='verdict', loc='outside lower left', ncols=3)
-    fig.legend(*zip(*marks(tables, color=lambda w: 'k', marker=lambda w: 'os^'[list(tables).index(w)])), title='what is compared',
+    fig.legend(*zip(*marks(tables, color=lambda w: 'k', marker=lambda w: 'os^D'[list(tables).index(w)])), title='what is compared',
                loc='outside lower right')
 
 # %% ../nbs/07_study.ipynb #605b6e03

@@ -158,10 +158,11 @@ def test_the_gap_along_a_setting(tmp_path):
     for t in one:
         assert set(t.seeds) == {1} and (t.low < t.effect).all() and (t.effect < t.high).all(), 'of one seed, over pictures or questions alone'
 
+def less(folder, without):
+    (t := read_table(folder/'vmcbench_mini.csv'))[~t.run.isin(without)].to_csv(folder/'vmcbench_mini.csv', index=False)
+
 def test_a_setting_is_followed_in_the_seeds_that_all_its_values_have(tmp_path):
     "And where an objective lacks a value, its main runs do not stand in for it"
-    def less(folder, without):
-        (t := read_table(folder/'vmcbench_mini.csv'))[~t.run.isin(without)].to_csv(folder/'vmcbench_mini.csv', index=False)
     few, fewer = 'images=12288', 'images=3072'
     write(tmp_path, **AS_THE_PAPER, more=[(o, v) for o in ('clip', 'dino') for v in (few, fewer)])
     less(tmp_path, [f'vmcbench-dino-{s}-{few}' for s in (1, 2)])
@@ -368,6 +369,19 @@ def test_a_missing_seed_is_said(tmp_path):
     t = judged(tmp_path, drop=[('dino', 2)])
     assert t.verdict['1'] == t.verdict['5'] == 'incomplete' and 'clip has the seeds [0, 1, 2] and dino has [0, 1]' in t.why['1'] and 'dino has [0, 1]' in t.why['5']
     assert t.verdict['7s'] != 'incomplete'
+
+def test_variants_are_compared_in_the_seeds_that_both_have(tmp_path):
+    "As others were made with the preset's seeds, one that a variant lacks is not missing; one that only the variant has is"
+    early, longer = 'samples=24576 warmup=0.8', 'stage2_samples=524288'
+    write(tmp_path, **AS_THE_PAPER, more=[('clip', early), *((o, longer) for o in ('clip', 'dino', 'untrained')), ('clip', f'{early} {longer}')])
+    def seeds(**how): return judge(Results('mini', tmp_path), **how).set_index('claim').seeds['5']
+    both = dict(matching='accuracy', length='longer stage 2')
+    less(tmp_path, [f'vmcbench-clip-0-{early} {longer}', f'vmcbench-dino-1-{longer}'])
+    assert seeds(length='longer stage 2') == 2 and judge(Results('mini', tmp_path), **both).set_index('claim').why['5'].startswith('one seed has no interval')
+    less(tmp_path, [f'vmcbench-clip-2-{early}'])
+    assert seeds(matching='accuracy') == 2
+    less(tmp_path, ['vmcbench-dino-0-'])
+    assert 'clip has the seeds [0, 1] and dino has [1, 2]' in judge(Results('mini', tmp_path), matching='accuracy').set_index('claim').why['5']
 
 def test_without_untrained_encoders_there_is_an_effect_and_no_verdict(tmp_path):
     t = judged(tmp_path, **AS_THE_PAPER, drop=[('untrained', s) for s in SEEDS])
