@@ -81,7 +81,8 @@ def settings(preset:str='mini', **given)->AnalysisRun:
 # %% ../nbs/04_analysis.ipynb #9171ffb8
 def tokens_of(encoder:Encoder, images, layer:int=-1, batch:int=256)->tuple: # uint8 (n, S, S, 3) -> (n, D), (n, D'), on the CPU
     "Class token and mean of the patch tokens of pictures in memory"
-    def of(images): return [x.float().cpu() for cls, patches in encoder.tokens(encoder.prepare(images), (layer,)) for x in (cls, patches.mean(1))]
+    def of(images):
+        return [x.float().cpu() for cls, patches in encoder.tokens(encoder.prepare(images), (layer,)) for x in (cls, patches.mean(1))]
     out = tuple(map(torch.cat, zip(*(of(images[a:a + batch]) for a in range(0, len(images), batch)))))
     check(all(bool(x.isfinite().all()) for x in out), f'features of {encoder.name} are not finite')
     return out
@@ -347,8 +348,7 @@ def analyse_in(folder:Path, encoders:list, run:AnalysisRun)->dict:
     source, labels = open_pictures(run)
     check(len(source) >= 8, f'{run.data} has {len(source)} test pictures; it takes at least 8')
     fingerprints = [e.fingerprint for e in encoders]
-    check_settings(folder, run, digest(fingerprints if run.data == 'world' else [*fingerprints, source.fingerprint]),
-                   anew=not (folder/'result.json').exists())
+    check_settings(folder, run, digest([*fingerprints, source.fingerprint]), anew=not (folder/'result.json').exists())
     if (folder/'result.json').exists(): return looked_up(folder)
     some = np.arange(min(STRUCTURE, len(source)))
     images = source.batch(some, max(e.size for e in encoders))

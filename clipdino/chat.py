@@ -352,6 +352,7 @@ class Form:
         ends = np.flatnonzero(loss & ~np.append(loss[1:], False))
         own = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder} - {self.tokenizer.unk_token_id}
         last = ids[ends[0]] if len(ends) else -1
+        self.end = int(last)
         check(last in own, f'the chat template does not end an answer with a token of its own but with {self.tokenizer.decode([max(last, 0)])!r}, so a model could not learn to stop; {_INSTEAD}')
         (ask, _), = self([([(turns[0][0], None)], picture)])
         check(ids[:len(ask)].tolist() == ask.tolist(),

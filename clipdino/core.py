@@ -224,11 +224,12 @@ class Metrics:
 PACKAGES = 'torch', 'torchvision', 'timm', 'open_clip_torch', 'transformers', 'accelerate', 'numpy', 'pillow', 'matplotlib'
 
 def commit()->str:
-    "Git commit of the code that runs, with `+` if files differ from it; empty where there is no git"
-    def git(*a):
-        return subprocess.run(['git', *a], cwd=Path(__file__).parent if '__file__' in globals() else root(), capture_output=True,
-                              text=True).stdout.strip()
-    try: return git('rev-parse', '--short=12', 'HEAD') + ('+' if git('status', '--porcelain', '--untracked-files=no') else '')
+    "Git commit of the code that runs, with `+` if files differ from it; empty where git does not keep it"
+    here = Path(__file__) if '__file__' in globals() else root()/'settings.ini'
+    def git(*a): return subprocess.run(['git', *a], cwd=here.parent, capture_output=True, text=True).stdout.strip()
+    try:
+        if not git('ls-files', here.name): return ''  # installed inside of another repository
+        return git('rev-parse', '--short=12', 'HEAD') + ('+' if git('status', '--porcelain', '--untracked-files=no') else '')
     except OSError: return ''
 
 def cores()->int: return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()  # that this process may use

@@ -38,7 +38,7 @@ class BadSample(ValueError):
 # %% ../nbs/01_data.ipynb #4aa72cef
 def _parts(spec:str)->list:
     "The parts of a list separated by `::` or by commas outside of braces"
-    if Path(spec).expanduser().exists(): return [spec]
+    if os.path.exists(os.path.expanduser(spec)): return [spec]  # a Path would raise if it is too long for one
     return [p.strip() for p in re.split(r'::|,(?![^{]*\})', spec) if p.strip()]
 
 def _files(part:str)->list:
@@ -46,8 +46,8 @@ def _files(part:str)->list:
     files = []
     for name in braceexpand(part):
         p = Path(name).expanduser()
-        if p.is_dir(): found = sorted(p.glob('*.tar'))
-        else: found = [p] if p.is_file() else sorted(Path(f) for f in glob(str(p)) if os.path.isfile(f))
+        if os.path.isdir(p): found = sorted(p.glob('*.tar'))
+        else: found = [p] if os.path.isfile(p) else sorted(Path(f) for f in glob(str(p)) if os.path.isfile(f))
         check(found, f'no shards at {name}: data must be a folder of .tar files, a glob, or a brace expansion such as shards/{{0000..0127}}.tar')
         files += found
     return files

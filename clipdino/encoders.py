@@ -124,6 +124,9 @@ class Encoder(nn.Module):
                   f'layer {l} is not there: {self.name} has layers 1 to {self.depth}, or -{self.depth} to -1 from the end')
         at = [l % (self.depth + 1) for l in layers]  # 1 to depth
         y, hs = self.watch(x, [self.blocks[i - 1] for i in (*at, self.depth)])
+        for i, h in zip(at, hs):
+            check(not self.classed or i == self.depth or h.shape[:2] == (len(x), self.prefix + math.prod(self.grid)),
+                  f'{self.name} has no class token beside its patch tokens after layer {i}; read its last one, -1')
         last = self.last(y, hs[-1]) if self.depth in at else None
         return [last if i == self.depth else self.split(h) for i, h in zip(at, hs)]
 
@@ -161,10 +164,10 @@ class TimmEncoder(Encoder):
     def __init__(self, name:str, model:nn.Module, size:int=0, mean=None, std=None, towers=None): # those of its `pretrained_cfg` unless given
         cfg, patch = getattr(model, 'pretrained_cfg', {}), getattr(getattr(model, 'patch_embed', None), 'patch_size', None)
         check(not isinstance(patch, tuple) or len(set(patch)) == 1, f'{name} has patches of {patch} px, and they must be square')
-        classed = getattr(model, 'cls_token', None) is not None and model.global_pool == 'token'
+        classed, prefix = getattr(model, 'cls_token', None) is not None and model.global_pool == 'token', getattr(model, 'num_prefix_tokens', 0)
+        check(prefix or not classed, f'{name} has a class token, and does not say before which patch tokens it stands: it is not read')
         super().__init__(name, model, [model.get_submodule(f['module']) for f in model.feature_info], size or cfg['input_size'][-1],
-                         mean or cfg['mean'], std or cfg['std'],
-                         getattr(model, 'num_prefix_tokens', 0), classed, patch[0] if isinstance(patch, tuple) else patch, towers)
+                         mean or cfg['mean'], std or cfg['std'], prefix, classed, patch[0] if isinstance(patch, tuple) else patch, towers)
 
     def run(self, x): return self.model.forward_features(x)
 
@@ -284,12 +287,12 @@ def hf_file(source:str, name:str)->str|None:
     return cached_file(source, name, _raise_exceptions_for_missing_entries=False)  # no network is another matter, and raises
 
 def hf_pixels(source:str, config)->tuple: # -> size, mean, std
-    "How pictures are to be prepared, from `preprocessor_config.json`"
-    path = hf_file(source, 'preprocessor_config.json')
-    if path is None:
+    "How pictures are to be prepared, from `processor_config.json`, as transformers 5 writes it, or `preprocessor_config.json`"
+    files = [hf_file(source, f) for f in ('processor_config.json', 'preprocessor_config.json')]
+    c = (read_json(files[0]).get('image_processor') if files[0] else None) or (read_json(files[1]) if files[1] else None)
+    if c is None:
         say(f'hf:{Path(source).name} has no preprocessor_config.json: pictures of {config.image_size} px, normalised as ImageNet\'s, are a guess')
         return config.image_size, *IMAGENET
-    c = read_json(path)
     size = c['crop_size'] if c.get('do_center_crop') and 'crop_size' in c else c.get('size', config.image_size)
     if isinstance(size, dict): size = size.get('height') or size['shortest_edge']
     return size, c.get('image_mean', IMAGENET[0]), c.get('image_std', IMAGENET[1])

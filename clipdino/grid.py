@@ -96,7 +96,7 @@ class Study:
     blind: tuple = ()  # objectives whose VLMs are asked without pictures too
     beside: tuple = ()  # main encoders that are analysed with these
 
-EARLY, LONGER = dict(samples=times(1/8), warmup=.8), dict(stage2_samples=times(4))
+EARLY, LONGER = dict(samples=times(1/8), warmup=lambda v, run: min(8*v, 1.)), dict(stage2_samples=times(4))
 STUDIES = dict(
     main=Study(untrained=True, blind=('clip', 'dino')),
     early=Study(('clip',), pretrain=(EARLY,), beside=('dino',)),
@@ -193,7 +193,8 @@ class Plan:
         check(not {'images', 'captions'} & set(changes) or before.data == 'world',
               f'{", ".join(changes)} can only be changed in the world, and pretrain.data={getattr(before, "data", "")}')
         for k in (k for k, v in changes.items() if callable(v)):
-            check(getattr(before, k), f'{k}=0 of the preset {self.grid.preset} means all that there is, of which a study can take no multiple: give a number, as in --given "{kind}.{k}=500000"')
+            check(getattr(before, k) or k == 'warmup',
+                  f'{k}=0 of the preset {self.grid.preset} means all that there is, of which a study can take no multiple: give a number, as in --given "{kind}.{k}=500000"')
         changes = {k: v(getattr(before, k), before) if callable(v) else v for k, v in changes.items()}
         # folders are named after the llm anyway
         return dict(parameters, **changes, tag=''.join(f'-{k}-{slug(str(v))}' for k, v in changes.items() if k != 'llm'))

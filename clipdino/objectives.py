@@ -428,6 +428,9 @@ class DINO(Objective):
         parts = [checkpoint(self.scores, a, b, w_s, w_t, use_reentrant=False) if rows < n else self.scores(a, b, w_s, w_t)
                  for a, b in zip(s.split(rows, 1), t.split(rows, 1))]
         loss, entropy, q = (sum(p)/n for p in zip(*parts))
+        if not alone():  # what targets say of the picture is no mean over processes
+            dist.all_reduce(q)
+            q = q/dist.get_world_size()
         return dict(loss=loss, entropy=entropy, kl=loss.detach() - entropy, information=torch.special.entr(q/2).sum() - entropy)
 
     def forward(self, views, tokens=None, keys=None)->dict: # global views (2*B, 3, S, S), local views (L*B, 3, s, s)

@@ -30,7 +30,7 @@ from .encoders import Encoder, grid_of, load_encoder
 from .pretrain import LOOKS, check_settings, looked_up, program, tensors_digest
 from .readouts import READOUTS, authors_probe, check_features, choose, few_shot, fit_maps, fit_probes, grid, IGNORED, interval, knn, map_classes, mean_iou, overlaps, paired, report, try_settings
 from .sets import BASE, balanced, open_maps, open_set, split_spec
-from .world import FACTORS, FAMILIES, FAMILY_OF, World, annotations
+from .world import FACTORS, FAMILIES, FAMILY_OF, World, annotations, versions
 
 # %% ../nbs/03_probe.ipynb #01d62b7b
 @dataclass(frozen=True)
@@ -370,9 +370,9 @@ def probe_in(folder:Path, encoder:Encoder, run:ProbeRun)->dict:
     check(done or not run.against or (other/'right.npz').exists() and (other/'result.json').exists(),
           f'{run.against} is no finished probing run to compare with')
     sets = open_sets(run)
-    data = [s.fingerprint for o in sets for s in (o.train, o.test) if s is not None]  # of the world there are none: settings say all
+    data = [versions() if s is None else s.fingerprint for o in sets for s in (o.train, o.test) if s is not None or o.test is None]
     if run.against and not done: check(any(comparable(o, other) for o in sets), f'{run.against} has no task with the same test pictures')
-    check_settings(folder, run, digest(encoder.fingerprint, *data) if data else encoder.fingerprint, anew=not done)
+    check_settings(folder, run, digest(encoder.fingerprint, *data), anew=not done)
     if done: return looked_up(folder)
     results, right, maps = probe_all(encoder, run, sets)
     about = dict(name=encoder.name, fingerprint=encoder.fingerprint, size=encoder.size, dim=encoder.dim, depth=encoder.depth,

@@ -43,7 +43,7 @@ from .core import Metrics, PRESETS, Progress, Settings, check, digest, environme
 from .encoders import Encoder, HFEncoder, OpenClipEncoder, TimmEncoder, folder_of, load_encoder, reading
 from .lm import settings as lm_settings, small_lm
 from .objectives import layers_of
-from .pretrain import NonFinite, accelerator, agree, arguments, check_settings, complete, launched, load_state, on_main, only_one, precision_of, program, save_state, spawn, tensors_digest, world_size
+from .pretrain import NonFinite, accelerator, agree, arguments, check_launch, check_settings, complete, launched, load_state, on_main, only_one, precision_of, program, save_state, spawn, tensors_digest, world_size
 from .probe import features, patch_tokens, slug
 from .questions import CATEGORIES, LETTERS, MARK, VISION, prompt
 from .world import POLICIES
@@ -141,7 +141,7 @@ def settings(preset:str='mini', **given)->VLMRun:
     "The settings of a run"
     one_of('preset', preset, PRESET)
     llm = given.get('llm') or PRESET[preset].get('llm', '')
-    own = dict(template='vicuna') if 'vicuna' in str(llm).lower() else {}  # whose tokenizer has no template
+    own = dict(template='vicuna') if 'vicuna' in Path(str(llm)).name.lower() else {}  # whose tokenizer has no template
     return VLMRun.make({preset: PRESET[preset] | own}, preset, **given)
 
 # %% ../nbs/05_vlm.ipynb #2cf9980e
@@ -363,9 +363,11 @@ def make_vlm(run:VLMRun, e:Encoder, llm:nn.Module, tokenizer)->LlavaForCondition
     vlm.tie_weights()
     check(lm_keys(vlm) == needs and torch.equal(text_logits(vlm), before),
           f'{type(llm).__name__} does more between its decoder and its logits than LLaVA, which has a linear head without a bias; Llama, Qwen2 or SmolLM fit')
-    ids = {k: getattr(llm.generation_config, k) for k in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
-    # without the language model's own ways of sampling
-    vlm.generation_config = GenerationConfig(**dict(ids, pad_token_id=tokenizer.pad_token_id))
+    own, end = llm.generation_config, Form(tokenizer, run.template).end
+    ends = sorted({end, *np.ravel([i for i in [own.eos_token_id] if i is not None]).tolist()})
+    # without the language model's own ways of sampling; it stops where it would have, or where it has learned to
+    vlm.generation_config = GenerationConfig(bos_token_id=own.bos_token_id, eos_token_id=ends if len(ends) > 1 else end,
+                                             pad_token_id=tokenizer.pad_token_id)
     return vlm.float().requires_grad_(False)
 
 # %% ../nbs/05_vlm.ipynb #dc0fe1b5
@@ -593,6 +595,7 @@ class Parts:
         self.fingerprint = self.encoder.fingerprint  # before it becomes part of the VLM
         self.build()
         self.processor = make_processor(run, self.encoder, self.tokenizer)
+        if run.questions: Form(self.tokenizer, run.template).begins(LETTERS)  # as `Held` will ask for them
         # after all that may be refused: every picture is looked at
         self.chats = [make_chats(run, k, self.encoder.mean, folder) for k in (1, 2)]
         self.batches = [Batches(c, self.tokenizer, picture_tokens(run, self.encoder), run.of(k, 'batch'), run.seed, run.context,
@@ -679,8 +682,7 @@ def check_inputs(run:VLMRun):
     n = world_size(run)
     check(run.llm != '', 'llm is empty: give world, or a causal language model of transformers by folder or hub name')
     if run.llm.startswith('world:'): lm_settings(run.preset, run.llm.removeprefix('world:'))
-    check(os.environ.get('ACCELERATE_USE_FSDP', 'false') != 'true',
-          'accelerate launch --use_fsdp would split stage 1 too: launch without it, and give shard=True')
+    check_launch()
     for k in (1, 2):
         spec, samples, batch = (run.of(k, v) for v in ('data', 'samples', 'batch'))
         check(batch % n == 0, f'stage{k}_batch={batch} must be a multiple of the {n} processes')

@@ -56,7 +56,7 @@ class Score(Settings):
     how: str = 'both'  # one of HOW
     blind: bool = False  # ask without the pictures
     batch: int = 32
-    max_new_tokens: int = 16
+    max_new_tokens: int = 16  # of a written answer
     against: str = ''  # a finished scoring run to compare with, question by question
     device: str = 'auto'
     precision: str = 'auto'  # fp32 or bf16; auto is bf16 for models of a billion weights and more on a GPU
@@ -72,7 +72,8 @@ class Score(Settings):
     @property
     def folder_name(self)->str: return self.name or f'score-{slug(self.vlm)}'
 
-SIZES = dict(smoke=dict(n=40, canvas=32, batch=8), mini={}, small=dict(n=8000, canvas=144), paper=dict(n=8000, canvas=224, batch=16))
+SIZES = dict(smoke=dict(n=40, canvas=32, batch=8), mini={}, small=dict(n=8000, canvas=144),
+             paper=dict(n=8000, canvas=224, batch=16, max_new_tokens=1024))
 
 def settings(preset:str='mini', **given)->Score:
     "The settings of a run"
@@ -172,15 +173,13 @@ def chat(vlm:VLM, row:dict, blind:bool=False, answer:str='')->str:
 def token_ids(vlm:VLM, text:str)->list: return vlm.processor.tokenizer(text, add_special_tokens=False).input_ids
 
 def letter_ids(vlm:VLM, row:dict, blind:bool=False)->list:
-    "The token with which each letter begins after the prompt: as the template puts an answer, else right behind it"
+    "The token with which each letter begins after the prompt: as the template puts an answer, or right behind it if the template does not go on from the prompt"
     begin = chat(vlm, row, blind)
     start = token_ids(vlm, begin)
-    for texts in [chat(vlm, row, blind, l) for l in LETTERS], [begin + l for l in LETTERS]:
-        ids = [token_ids(vlm, t) for t in texts]
-        if any(i[:len(start)] != start or len(i) == len(start) for i in ids): continue  # the template ends or the tokens merge otherwise
-        first = [i[len(start)] for i in ids]
-        if len(set(first)) == 4: return first
-    raise SettingsError(f'the tokenizer of {vlm.name} does not go on from the prompt by four different tokens for {", ".join(LETTERS)}; give how=generate')
+    ways = ([token_ids(vlm, t) for t in texts] for texts in ([chat(vlm, row, blind, l) for l in LETTERS], [begin + l for l in LETTERS]))
+    first = next(([i[len(start)] for i in ids] for ids in ways if all(i[:len(start)] == start and len(i) > len(start) for i in ids)), [])
+    check(len(set(first)) == 4, f'the tokenizer of {vlm.name} does not go on from the prompt by four different tokens for {", ".join(LETTERS)}; give how=generate')
+    return first
 
 def order_of(vlm:VLM, rows:list)->list:
     "Positions by length of the prompt, longest first"
@@ -280,7 +279,7 @@ def levels(categories:list)->dict: # of the questions -> level -> data sets
     have = [c for c in CATEGORIES if c in categories] + sorted(set(categories) - set(CATEGORIES))
     return dict(overall=have, **{g: m for g, members in SUBSETS.items() if (m := [c for c in members if c in have])}), {c: [c] for c in have}
 
-def aggregate(values, categories:list, draws:int=DRAWS)->dict: # (n,) numbers of questions, or (s, n) of several seeds -> aggregation -> level -> value, interval, n
+def aggregate(values, categories:list, draws:int=DRAWS, between:tuple=(0., 1.))->dict: # (n,) numbers of questions, or (s, n) of several seeds; least and most that they can be -> aggregation -> level -> value, interval, n
     "Means by data set, group and overall, in each of the ways, with 95% intervals: by bootstrap over questions; of several seeds with how much they differ"
     (groups, sets), values, categories = levels(categories), np.atleast_2d(np.asarray(values, np.float64)), np.array(categories)
     at = {c: k for k, c in enumerate(sets)}
@@ -295,7 +294,7 @@ def aggregate(values, categories:list, draws:int=DRAWS)->dict: # (n,) numbers of
         each, ends = means[:, k] @ w, np.quantile(boot[:, k] @ w, [.025, .975])
         if len(each) > 1:
             half = half_width(each, np.ptp(ends)/2/norm.ppf(.975))
-            ends = np.clip(each.mean() + half*np.array([-1, 1]), values.min(), values.max())  # no mean can be beyond
+            ends = np.clip(each.mean() + half*np.array([-1, 1]), *between)
         return dict(value=float(each.mean()), interval=ends.tolist(), n=int(size[k].sum()))
     ways = {a: {g: cell(m, total if g == 'overall' else group) for g, m in groups.items()} for a, (group, total) in AGGREGATIONS.items()}
     return dict(data_sets={c: cell(m, 'questions') for c, m in sets.items()}, **ways)
@@ -326,7 +325,8 @@ def compare(ours:list, theirs:list)->dict: # predictions on the same questions -
     for p in (p for p in protocols_of(ours) if p in protocols_of(theirs)):
         a, b = successes(ours, p), successes(theirs, p)
         test = {l: paired(*(v[np.isin(categories, m)] for v in (a, b)))['p'] for l, m in {**sets, **groups}.items()}
-        out[p] = {way: {l: dict(cell, p=test[l]) for l, cell in t.items()} for way, t in aggregate(a - b, categories).items()}
+        t = aggregate(a - b, categories)  # the test is of questions that count alike
+        out[p] = t | {way: {l: dict(cell, p=test[l]) for l, cell in t[way].items()} for way in ('data_sets', 'questions')}
     check(out, 'the two runs have no protocol in common')
     return out
 
@@ -513,7 +513,8 @@ def gap(runs:pd.DataFrame, questions:Questions, a:str='clip', b:str='dino', prot
     ours, theirs = of_objective(runs, a), of_objective(runs, b)
     check(len(ours) and list(ours.seed) == list(theirs.seed),
           f'{a} has the seeds {list(ours.seed)} and {b} has {list(theirs.seed)}: they must be the same')
-    return aggregate(right(ours, questions, protocol) - right(theirs, questions, protocol), [r['category'] for r in questions.rows])
+    return aggregate(right(ours, questions, protocol) - right(theirs, questions, protocol), [r['category'] for r in questions.rows],
+                     between=(-1., 1.))
 
 def named(questions:str, c:str)->str: # name of a set of questions, data set
     "A data set, and what its twin in the world asks for"
@@ -559,7 +560,8 @@ def main(args=None):
     def go(**given):
         result = evaluate(settings(**given))
         def overall(by_protocol, *what):
-            return {a: {p: {k: t[a]['overall'][k] for k in what} for p, t in by_protocol.items()} for a in ('questions', 'twenty')}
+            return {a: {p: {k: v for k, v in t[a]['overall'].items() if k in what} for p, t in by_protocol.items()}
+                    for a in ('questions', 'twenty')}
         against = dict(against=overall(result['against']['differences'], 'value', 'interval', 'p')) if 'against' in result else {}
         return dict(name=result['name'], **overall(result['score']['protocols'], 'value', 'interval'), **against)
     program('clipdino.vmcbench', Score, go, 'Score a VLM.', args)

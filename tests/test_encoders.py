@@ -148,6 +148,23 @@ def test_a_guess_of_the_pixels_is_said(top, capsys):
         (top/'vit/preprocessor_config.json').write_text(damage)
         refused('hf:vit', 'vit/preprocessor_config.json is damaged: ' if damage == '{' else 'hf:vit can not be read: ')
 
+def test_pixels_as_transformers_5_writes_them(top, capsys):
+    "Within the settings of a processor"
+    transformers.ViTModel(transformers.ViTConfig(**VIT)).save_pretrained('vit')
+    of_pictures = dict(size=dict(height=16, width=16), image_mean=[.1, .2, .3], image_std=[.4, .5, .6])
+    (top/'vit/processor_config.json').write_text(json.dumps(dict(processor_class='P', image_processor=of_pictures)))
+    e = load_encoder('hf:vit')
+    assert (e.size, e.mean, e.std) == (16, (.1, .2, .3), (.4, .5, .6)) and 'guess' not in capsys.readouterr().out
+
+def test_models_of_timm_whose_class_token_is_not_in_every_block(top):
+    refused('random:pit_ti_224', 'pit_ti_224 has a class token, and does not say before which patch tokens it stands')
+    e = load_encoder('random:convit_tiny')
+    x = torch.zeros(2, 3, e.size, e.size)
+    cls, patches = e.tokens(x)[0]
+    assert cls.shape == (2, e.dim) and patches.shape == (2, 196, e.dim)
+    with pytest.raises(SettingsError, match='convit_tiny has no class token beside its patch tokens after layer 2; read its last one'):
+        e.tokens(x, (2,))
+
 def test_a_clip_without_tokenizer_has_no_text(top):
     "transformers would make a tokenizer of two words"
     text = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=600,

@@ -108,6 +108,9 @@ def test_the_other_studies():
     shorter, = (j.run for j in of('compute', seeds=1).values() if j.kind == 'pretrain' and j.run.objective == 'dino')
     assert shorter.samples == samples_at_cost_of(g.pretrain_settings('mini', 'dino')) < g.pretrain_settings('mini', 'dino').samples
     assert of('compute', seeds=1)['analysis-compute-mini-s0'].run.names == ['clip-mini-s0', shorter.folder_name]
+    for preset, given in ('mini', ''), ('mini', 'pretrain.warmup=0.02'), ('mini', 'pretrain.warmup=0'), ('paper', 'pretrain.data=a.tar vlm.stage1_data=a.json vlm.stage2_data=b.json'):
+        short, full = ({j.run.samples*j.run.warmup for j in of(s, preset, seeds=1, kinds='pretrain', objectives='clip', given=given).values() if 'samples' in j.name or s == 'main'} for s in ('early', 'main'))
+        assert short.pop() == pytest.approx(full.pop()), 'as many samples of warm-up'
     assert [j.run.objective for j in hybrid.values() if j.kind == 'pretrain'] == ['hybrid', 'clip', 'dino'] and [j.name for j in hybrid.values() if j.kind == 'vlm'] == ['vlm-hybrid-mini-s0']
     assert hybrid['analysis-hybrid-mini-s0'].run.names == ['clip-mini-s0', 'hybrid-mini-s0', 'dino-mini-s0']
     both = of('main,captions', seeds=1)

@@ -262,6 +262,12 @@ def test_other_pictures_under_the_same_path(tmp_path, monkeypatch):
     with pytest.raises(SettingsError, match='x has no task with the same test pictures'):
         probe.probe(probe.settings('smoke', encoder=ENCODER, name='y', data=run.data, against='x'))
 
+def test_another_world_under_the_same_settings(monkeypatch):
+    run = probe.settings('smoke', encoder=ENCODER, name='x')
+    assert probe.probe(run) == probe.probe(run)
+    monkeypatch.setattr('clipdino.world.VERSION', 'other')
+    with pytest.raises(SettingsError, match='the data or models that it reads are others now'): probe.probe(run)
+
 def test_settings_of_other_data():
     with pytest.raises(SettingsError, match='limit=5 is for sets other than the world'): probe.settings('smoke', limit=5)
     with pytest.raises(SettingsError, match="against='x/' must be the name of a run"): probe.settings('smoke', against='x/')
@@ -307,7 +313,8 @@ def test_an_analysis_of_the_world():
     assert Path('runs/a/pairs-first-ranks.csv').read_bytes() == Path('runs/kept/pairs-first-ranks.csv').read_bytes()
     rows = analysis.collect([Path('runs/a')])
     assert set(rows.readout) == set(analysis.READOUTS)
-    old = {k: [{f: x for f, x in v.items() if f != 'readout'} for v in r[k] if v['readout'] == 'class token'] for k in ('sensitivity', 'symbols')}
+    old = {k: [{f: x for f, x in v.items() if f != 'readout'} for v in r[k] if v['readout'] == 'class token']
+           for k in ('sensitivity', 'symbols')}
     write_json(Path('runs/a/result.json'), {**r, **old})  # as from before there were others
     assert analysis.collect([Path('runs/a')]).equals(rows[rows.readout == 'class token'].reset_index(drop=True))
     with pytest.raises(SettingsError, match='begun with other settings: scenes was 12 and is now 13'):

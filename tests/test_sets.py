@@ -80,6 +80,20 @@ def test_damage_to_any_file_is_said(tmp_path, name):
             else: assert len(got) <= len(whole)
     assert said >= 5
 
+def test_pictures_of_all_kinds_or_none(tmp_path):
+    "And those in a folder that is linked to"
+    for i, kind in enumerate(('jpg', 'jpeg', 'jfif', 'png', 'webp', 'gif', 'bmp')):
+        for split in 'train', 'test':
+            save(i, (p := tmp_path/split/f'{i % 2}'/f'{i}.{kind.replace("jfif", "jpg")}'))
+            p.rename(p.with_suffix(f'.{kind}'))
+    save(9, tmp_path/'elsewhere'/'9.png')
+    (tmp_path/'train/0/more').symlink_to(tmp_path/'elsewhere')
+    train, test = (open_set(str(tmp_path), s) for s in ('train', 'test'))
+    assert (len(train), len(test)) == (8, 7) and test.batch(range(7), 8).std((1, 2, 3)).min() > 0
+    save(3, tmp_path/'train/1/3.tif')
+    with pytest.raises(BadData, match='1/3.tif is a picture of a kind that is not read: convert it to one of jpg'):
+        open_set(str(tmp_path), 'train')
+
 def test_a_million_pictures_fit():
     "What is kept of a picture is its path, a few numbers, and no bytes of it"
     n = 100_000

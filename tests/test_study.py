@@ -12,7 +12,7 @@ from clipdino.analysis import patch_colours
 from clipdino.core import SettingsError, digest
 from clipdino.encoders import load_encoder
 from clipdino.questions import GROUPS, LETTERS, VISION
-from clipdino.study import CLAIMS, RESULTS, WAYS, Effect, Results, abstract, along, collect, deciding, effect, judge, judgements, kinds_of_tasks, like, matched, measured, moves, of_length, outcome, read_table, sensitivity, show_moves, told, two_sided, verdicts
+from clipdino.study import CLAIMS, RESULTS, WAYS, Effect, Results, abstract, along, collect, deciding, effect, judge, judgements, kinds_of_tasks, like, matched, mean_of, measured, moves, of_length, outcome, read_table, sensitivity, show_moves, told, two_sided, verdicts
 from clipdino.world import render, scene
 from clipdino.worldvqa import WorldVQA
 
@@ -370,10 +370,27 @@ def test_a_missing_seed_is_said(tmp_path):
     assert t.verdict['1'] == t.verdict['5'] == 'incomplete' and 'clip has the seeds [0, 1, 2] and dino has [0, 1]' in t.why['1'] and 'dino has [0, 1]' in t.why['5']
     assert t.verdict['7s'] != 'incomplete'
 
+def test_what_is_averaged_has_the_same_seeds():
+    a, b, c = (pd.Series([1., 2., 3.], s) for s in ((0, 1, 2), (0, 1, 2), (3, 4, 5)))
+    assert mean_of([(a, 0.), (b, 0.)]).seeds == (1, 2, 3)
+    for odd in c, a[:2]:
+        with pytest.raises(SettingsError, match=r'must have the same seeds, and has \[0, 1, 2\] and \['): mean_of([(a, 0.), (odd, 0.)])
+
+def test_answers_that_were_all_asked_in_one_way(tmp_path):
+    t = read_table(write(tmp_path, **AS_THE_PAPER)/'vmcbench_mini.csv')
+    t.drop(columns=['likely', 'calibrated']).to_csv(tmp_path/'vmcbench_mini.csv', index=False)
+    assert judge(Results('mini', tmp_path), protocol='generate').set_index('claim').verdict['5'] == 'replicated'
+    assert judge(Results('mini', tmp_path)).set_index('claim').verdict['5'] == 'incomplete'
+
+def test_digests_that_look_like_numbers(tmp_path):
+    pd.DataFrame(dict(fingerprint=['012345678901', '1234567e8901'], value=['1.5', ''])).to_csv(tmp_path/'t.csv', index=False)
+    assert read_table(tmp_path/'t.csv').fingerprint.tolist() == ['012345678901', '1234567e8901'] and read_table(tmp_path/'t.csv').value.isna().tolist() == [False, True]
+
 def test_variants_are_compared_in_the_seeds_that_both_have(tmp_path):
     "As others were made with the preset's seeds, one that a variant lacks is not missing; one that only the variant has is"
     early, longer = 'samples=24576 warmup=0.8', 'stage2_samples=524288'
-    write(tmp_path, **AS_THE_PAPER, more=[('clip', early), *((o, longer) for o in ('clip', 'dino', 'untrained')), ('clip', f'{early} {longer}')])
+    write(tmp_path, **AS_THE_PAPER, more=[('clip', early), *((o, longer) for o in ('clip', 'dino', 'untrained')),
+                                          ('clip', f'{early} {longer}')])
     def seeds(**how): return judge(Results('mini', tmp_path), **how).set_index('claim').seeds['5']
     both = dict(matching='accuracy', length='longer stage 2')
     less(tmp_path, [f'vmcbench-clip-0-{early} {longer}', f'vmcbench-dino-1-{longer}'])

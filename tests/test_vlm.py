@@ -402,7 +402,7 @@ def test_a_notebook_starts_processes(monkeypatch):
     assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir()) and (one/'config.json').read_text() == (two/'config.json').read_text()
     torch.testing.assert_close(said(one)[0], said(two)[0], atol=1e-2, rtol=0)
     monkeypatch.setenv('ACCELERATE_USE_FSDP', 'true')
-    with pytest.raises(SettingsError, match='launch without it, and give shard=True'): trained('fsdp')
+    with pytest.raises(SettingsError, match='launched with ACCELERATE_USE_FSDP=true.* launch without.* shard'): trained('fsdp')
 
 def split(run, until):
     "Train as one of several processes, up to a step of stage 2 or to the end; what was seen"
@@ -666,6 +666,22 @@ def test_language_models_that_do_not_fit(tmp_path):
     refused('GPT2LMHeadModel keeps its decoder or embeddings where LLaVA does not look', 'GPT2')
     llm = language_model(tmp_path/'bare', template=None)
     assert trained('given-template', llm=llm, template='vicuna', stage1_samples=16, stage2_samples=16)[1]['llm'] == llm
+    with pytest.raises(SettingsError, match='begins some of A, B, C, D with one and the same token'):
+        trained('letters', llm=llm, template='vicuna', stage1_samples=16, stage2_samples=16, questions=8)
+    assert not list(Path('runs/letters').glob('stage*'))
+
+def test_a_model_stops_where_its_template_ends_an_answer(tmp_path):
+    "Base models end texts with another token than chats end turns with"
+    llm = language_model(tmp_path/'base', template=None, spare=2)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llm)
+    tokenizer.add_special_tokens(dict(additional_special_tokens=['<|im_start|>', '<|im_end|>']))
+    tokenizer.save_pretrained(llm)
+    folder, _ = trained('chatml', llm=llm, template='chatml', stage1_samples=16, stage2_samples=16)
+    said = json.loads((folder/'generation_config.json').read_text())['eos_token_id']
+    assert said == [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids('<|im_end|>')] and tokenizer.eos_token_id == 2
+
+def test_a_language_model_is_known_by_its_name_not_by_where_it_is():
+    assert settings('mini', llm='/data/vicuna-study/Qwen2-7B-Instruct').template == '' and settings('mini', llm='/data/vicuna-7b-v1.5').template == 'vicuna'
 
 # ---- data in LLaVA's format
 

@@ -272,8 +272,13 @@ def test_intervals_over_three_seeds_are_no_wider_than_they_need_be():
     "Where seeds differ by their answers alone: wider than if their spread were known, and narrower than Student's, which is 2.2 times as wide"
     g, widths = np.random.default_rng(0), []
     for _ in range(40):
-        widths.append(np.ptp(aggregate(.3*g.normal(size=200) + .55*g.normal(size=(3, 200)), ['GQA']*200, draws=800)['twenty']['overall']['interval'])/2)
+        widths.append(np.ptp(aggregate(.3*g.normal(size=200) + .55*g.normal(size=(3, 200)), ['GQA']*200, draws=800, between=(-9, 9))['twenty']['overall']['interval'])/2)
     assert 1 < np.mean(widths)/(1.96*(.3**2/200 + .55**2/600)**.5) < 2
+
+def test_a_difference_may_be_negative_where_no_question_was_lost():
+    d = np.zeros((3, 40))
+    d[0, :4], d[1, :1], d[2, :2] = 1, 1, 1
+    assert aggregate(d, ['GQA']*40, between=(-1., 1.))['twenty']['overall']['interval'][0] < 0 == aggregate(d, ['GQA']*40)['twenty']['overall']['interval'][0]
 
 def test_no_mean_is_beyond_its_numbers():
     cells = aggregate([[1.]*99 + [0.], [1.]*100, [.0]*60 + [1.]*40], ['GQA']*100)['twenty']
@@ -301,6 +306,7 @@ def test_differences_of_two_models():
     assert d['data_sets']['GQA']['p'] == pytest.approx(2*.5**10)  # ten questions on which only the first is right
     assert d['questions']['overall']['p'] == pytest.approx(2*binom.cdf(5, 17, .5))  # 12 against 5
     assert d['questions']['overall']['interval'][0] < 7/40 < d['questions']['overall']['interval'][1]
+    assert 'p' not in d['twenty']['overall']  # where data sets count alike and not questions
     with pytest.raises(SettingsError, match='answered different questions'): compare(a, b[1:])
 
 def test_calibration_takes_a_preference_away():
@@ -370,7 +376,7 @@ def test_letters_as_the_template_puts_them(vlm, monkeypatch):
     row, tok = Squares(1).rows[0], vlm.processor.tokenizer
     assert vmc.chat(vlm, row).endswith('assistant:') and vmc.chat(vlm, row, answer='B').endswith('assistant: B<|end|>')
     if len({tokens[0] for tokens in (tok(f' {l}', add_special_tokens=False).input_ids for l in LETTERS)}) < 4:
-        assert [tok.decode([i]) for i in vmc.letter_ids(vlm, row)] == list(LETTERS)  # the space is a token of its own
+        with pytest.raises(SettingsError, match='four different tokens'): vmc.letter_ids(vlm, row)  # the space is a token of its own
     else: assert [tok.decode([i]) for i in vmc.letter_ids(vlm, row)] == [f' {l}' for l in LETTERS]
     monkeypatch.setattr(vmc, 'token_ids', lambda v, text: [1] if text.endswith(':') else [1, 5, *text.encode()])
     with pytest.raises(SettingsError, match='four different tokens for A, B, C, D; give how=generate'): vmc.letter_ids(vlm, row)
