@@ -370,7 +370,7 @@ def probe_in(folder:Path, encoder:Encoder, run:ProbeRun)->dict:
     check(done or not run.against or (other/'right.npz').exists() and (other/'result.json').exists(),
           f'{run.against} is no finished probing run to compare with')
     sets = open_sets(run)
-    data = [versions() if s is None else s.fingerprint for o in sets for s in (o.train, o.test) if s is not None or o.test is None]
+    data = [versions() if o.test is None else [s.fingerprint for s in (o.train, o.test) if s is not None] for o in sets]
     if run.against and not done: check(any(comparable(o, other) for o in sets), f'{run.against} has no task with the same test pictures')
     check_settings(folder, run, digest(encoder.fingerprint, *data), anew=not done)
     if done: return looked_up(folder)

@@ -591,12 +591,13 @@ def show_claims(tables:dict): # of `judgements`
     tables = {k: t for k, t in tables.items() if t.low.notna().any()}
     if not tables: return say('no claim has an interval yet')
     t = pd.concat([t[t.low.notna()].assign(way=k) for k, t in enumerate(tables.values())])
+    t['shift'] = t.groupby('claim').cumcount() - (t.groupby('claim').way.transform('size') - 1)/2
     rows = {u: [i for i in CLAIMS if i in set(t.claim[t.unit == u])] for u in dict.fromkeys(t.unit)}
     fig, axes = plt.subplots(len(rows), figsize=(7.5, .5*sum(map(len, rows.values())) + .75*len(rows)),
                              height_ratios=[len(r) + .6 for r in rows.values()], squeeze=False, layout='constrained')
     for ax, (u, ids) in zip(axes[:, 0], rows.items()):
         for c in t[t.unit == u].itertuples():
-            ax.errorbar(c.effect, ids.index(c.claim) + .24*(c.way - (len(tables) - 1)/2), xerr=[[c.effect - c.low], [c.high - c.effect]],
+            ax.errorbar(c.effect, ids.index(c.claim) + .22*c.shift, xerr=[[c.effect - c.low], [c.high - c.effect]],
                         fmt='os^D'[c.way], ms=5, lw=1.5, color=VERDICTS[c.verdict], mfc='w' if c.verdict == 'not shown better' else None)
         ax.axvline(0, color='grey', lw=1)
         if u == 'points': ax.axvspan(-MARGIN, MARGIN, color='.93', zorder=0)
