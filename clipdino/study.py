@@ -780,7 +780,7 @@ def show_pairs(r:Results, seed:int=0, n:int=6, size:int=96):
     two = [f'{o}-{r.preset}-s{seed}' for o in ('clip', 'dino')]
     t = r.pairs[r.pairs.alike_for.isin(two) & r.pairs.unlike_for.isin(two)]
     check(len(t), f'no pairs of seed {seed} were gathered')
-    fig = plt.figure(figsize=(n*1.15, 5.5))
+    fig = plt.figure(figsize=(n*1.05, 5))
     for half, (alike, rows) in zip(fig.subfigures(2, 1, hspace=.03), t[t.run == t.run.iloc[0]].groupby('alike_for', sort=False)):
         for column, p in zip(half.subplots(2, n, squeeze=False).T, rows.head(n).itertuples()):
             for ax, i in zip(column, (p.i, p.j)): ax.imshow(render(scene(0, 'test', int(i), 'mixed'), size)), ax.set_axis_off()
