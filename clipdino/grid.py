@@ -193,7 +193,7 @@ class Plan:
         check(not {'images', 'captions'} & set(changes) or before.data == 'world',
               f'{", ".join(changes)} can only be changed in the world, and pretrain.data={getattr(before, "data", "")}')
         for k in (k for k, v in changes.items() if callable(v)):
-            check(getattr(before, k) or k == 'warmup',
+            check(getattr(before, k) or k == 'warmup',  # of which 0 is none
                   f'{k}=0 of the preset {self.grid.preset} means all that there is, of which a study can take no multiple: give a number, as in --given "{kind}.{k}=500000"')
         changes = {k: v(getattr(before, k), before) if callable(v) else v for k, v in changes.items()}
         # folders are named after the llm anyway

@@ -198,13 +198,13 @@ def unused(objective:str)->list:
     reads = {'clip-lm': lm | {'captions', 'dim', 'context'}, 'dino': dino, 'hybrid': text - lm | dino | hybrid}.get(objective, text - lm)
     return sorted((text | dino | hybrid) - reads) if objective not in OWN else []
 
-# what `accelerate launch`, or its configuration, would change in a run behind its settings: variable -> values that change nothing
-LAUNCHED = dict(ACCELERATE_USE_FSDP=('false',), ACCELERATE_USE_DEEPSPEED=('false',), ACCELERATE_USE_MEGATRON_LM=('false',),
-                ACCELERATE_GRADIENT_ACCUMULATION_STEPS=('1',), ACCELERATE_DYNAMO_BACKEND=('no',))
+# what `accelerate launch`, or its configuration, would change in a run behind its settings: variable -> value that changes nothing
+LAUNCHED = dict(ACCELERATE_USE_FSDP='false', ACCELERATE_USE_DEEPSPEED='false', ACCELERATE_USE_MEGATRON_LM='false',
+                ACCELERATE_GRADIENT_ACCUMULATION_STEPS='1', ACCELERATE_DYNAMO_BACKEND='no')
 
 def check_launch():
     "Refuse a launch that would split weights, divide gradients or compile: a run's settings say how it is made"
-    odd = [f'{k}={os.environ[k]}' for k, same in LAUNCHED.items() if os.environ.get(k, same[0]).lower() not in same]
+    odd = [f'{k}={os.environ[k]}' for k, same in LAUNCHED.items() if os.environ.get(k, same).lower() != same]
     check(not odd, f'accelerate was launched with {", ".join(odd)}, which would change the run behind its settings: launch without, and give micro, compile or, for a VLM, shard as settings')
 
 def check_inputs(run:Pretrain):

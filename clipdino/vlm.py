@@ -364,7 +364,7 @@ def make_vlm(run:VLMRun, e:Encoder, llm:nn.Module, tokenizer)->LlavaForCondition
     check(lm_keys(vlm) == needs and torch.equal(text_logits(vlm), before),
           f'{type(llm).__name__} does more between its decoder and its logits than LLaVA, which has a linear head without a bias; Llama, Qwen2 or SmolLM fit')
     own, end = llm.generation_config, Form(tokenizer, run.template).end
-    ends = sorted({end, *np.ravel([i for i in [own.eos_token_id] if i is not None]).tolist()})
+    ends = sorted({end, *(own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id])} - {None})
     # without the language model's own ways of sampling; it stops where it would have, or where it has learned to
     vlm.generation_config = GenerationConfig(bos_token_id=own.bos_token_id, eos_token_id=ends if len(ends) > 1 else end,
                                              pad_token_id=tokenizer.pad_token_id)

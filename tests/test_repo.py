@@ -89,6 +89,16 @@ def test_every_notebook_is_on_the_site_and_in_the_readme():
     for text in (root/'_quarto.yml').read_text(), (root/'README.md').read_text():
         for p in notebooks: assert f'nbs/{p.name}' in text
 
+def test_an_installation_inside_of_another_repository_has_no_commit(tmp_path):
+    def git(*a): subprocess.run(['git', '-c', 'user.name=a', '-c', 'user.email=a@b', *a], cwd=tmp_path, check=True, capture_output=True)
+    (copy := tmp_path/'core.py').write_text((root/'clipdino/core.py').read_text())
+    git('init'), git('commit', '--allow-empty', '-m', 'theirs')
+    spec = importlib.util.spec_from_file_location('a_copy', copy)
+    spec.loader.exec_module(m := importlib.util.module_from_spec(spec))
+    assert m.commit() == ''
+    git('add', '.'), git('commit', '-m', 'ours')
+    assert re.fullmatch('[0-9a-f]{12}', m.commit())
+
 def test_no_page_is_older_than_the_results():
     "Every page that reads the study's tables prints their digest, and it is today's; so does the README's table of claims"
     from clipdino.core import stamp
