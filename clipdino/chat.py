@@ -22,7 +22,7 @@ from jinja2 import TemplateError
 from PIL import Image
 
 from .core import Progress, SettingsError, cache_dir, check, digest, locked, mix, one_of, permute, read_json, whole, write_json
-from .data import FORMATS, MAX_PIXELS, BadData, BadSample, rgb, stamp, threads
+from .data import FORMATS, MAX_PIXELS, BadData, BadSample, rgb, size_and_time, threads
 from .questions import LETTERS, MARK, prompt, squares
 from .world import World
 
@@ -140,7 +140,7 @@ def stamps(folder:str, names:list)->list: # size and time of each file, None for
     def look(part):
         out = []
         for n in part:
-            try: out.append(stamp(f'{folder}/{n}'))
+            try: out.append(size_and_time(f'{folder}/{n}'))
             except (OSError, ValueError): out.append(None)
         return [s if s and s[0] else None for s in out]
     with ThreadPoolExecutor(16) as ex:
@@ -201,7 +201,7 @@ class LlavaJson(Chats):
                  max_bad:float=.05, # largest share of rows that can't be used
                  listed:Path|None=None): # where these are listed
         path, folder = self.places(path, folder)
-        self.path, self.stamp = path, stamp(path)
+        self.path, self.mark = path, size_and_time(path)
         key, rows, names, bad = read_rows(path)
         marks = stamps(folder, names)
         reasons = {k: 'missing picture' for k, m in enumerate(marks) if m is None}
@@ -242,7 +242,7 @@ class LlavaJson(Chats):
     def unusable(self): return iter(self.bad)
 
     def turns(self, i:int)->list:
-        if stamp(self.path) != self.stamp: raise BadData(f'{self.path} has changed since it was opened')
+        if size_and_time(self.path) != self.mark: raise BadData(f'{self.path} has changed since it was opened')
         at, n, _ = self.rows[i].tolist()
         with open(self.path, 'rb') as f:
             f.seek(at)
@@ -309,9 +309,10 @@ class Form:
         "Conversations as text"
         if self.plain: texts, spans = zip(*[self._plain(*c) for c in chats])
         else:
-            steps = [[m[:k] for k in range(1, len(m) + 1)] for m in (messages(*c) for c in chats)]
-            asks, says = (iter(self._rendered([s for m in steps for s in m[k::2]], add_generation_prompt=not k)) for k in (0, 1))
-            texts, spans = zip(*[self._joined([next((says, asks)[len(s) % 2]) for s in m]) for m in steps])
+            said = [messages(*c) for c in chats]
+            def upto(first, **how): return iter(self._rendered([m[:k] for m in said for k in range(first, len(m) + 1, 2)], **how))
+            asked, answered = upto(1, add_generation_prompt=True), upto(2)  # up to each question, and up to each answer
+            texts, spans = zip(*[self._joined([next(asked if k % 2 else answered) for k in range(1, len(m) + 1)]) for m in said])
         starts = [len(self.bos)*(not t.startswith(self.bos)) for t in texts]
         return [self.bos*(n > 0) + t for t, n in zip(texts, starts)], [[(a + n, b + n) for a, b in s] for s, n in zip(spans, starts)]
 

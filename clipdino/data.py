@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['IMAGE', 'TXT', 'JSON', 'CLS', 'EXTENSIONS', 'FAULTS', 'CUT', 'FORMATS', 'MAX_PIXELS', 'TRIES', 'BadData', 'BadSample',
-           'expand', 'split_name', 'Index', 'scan', 'stamp', 'index', 'caption_part', 'faults', 'member_key', 'rgb',
-           'fit', 'middle', 'decode', 'caption_of', 'survey', 'threads', 'Shards', 'Order', 'Steps', 'loader', 'Bad']
+           'expand', 'split_name', 'Index', 'scan', 'size_and_time', 'index', 'caption_part', 'faults', 'member_key',
+           'rgb', 'fit', 'middle', 'decode', 'caption_of', 'survey', 'threads', 'Shards', 'Order', 'Steps', 'loader',
+           'Bad']
 
 # %% ../nbs/01_data.ipynb #20657f65
 import io, json, os, re, sys, tarfile, time
@@ -24,7 +25,7 @@ from braceexpand import UnbalancedBracesError, braceexpand
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from .core import Progress, SettingsError, cache_dir, check, cores, digest, locked, mix, permute, whole, writing
+from .core import Progress, SettingsError, cache_dir, check, cores, digest, listed, locked, mix, permute, whole, writing
 
 # %% ../nbs/01_data.ipynb #bc7bc5b8
 class BadData(RuntimeError):
@@ -39,7 +40,7 @@ class BadSample(ValueError):
 def _parts(spec:str)->list:
     "The parts of a list separated by `::` or by commas outside of braces"
     if os.path.exists(os.path.expanduser(spec)): return [spec]  # a Path would raise if it is too long for one
-    return [p.strip() for p in re.split(r'::|,(?![^{]*\})', spec) if p.strip()]
+    return listed(spec.replace('::', ','))
 
 def _files(part:str)->list:
     "Tar files that one part of a list stands for"
@@ -114,14 +115,14 @@ def scan(path)->Index:
     return Index(np.array(heads, np.int64)[ok], at[ok], size[ok], cut)
 
 # %% ../nbs/01_data.ipynb #49686a87
-def stamp(path)->tuple:
+def size_and_time(path)->tuple:
     "Size and time of the last change of a file"
     st = os.stat(path)
     return st.st_size, st.st_mtime_ns
 
 def index(path)->Index:
-    "Index of a shard: kept in the cache by path and `stamp`, scanned if it is not there"
-    kept = cache_dir()/'shards'/f'{digest(os.path.abspath(path), *stamp(path))}.npz'
+    "Index of a shard: kept in the cache by path, size and time, scanned if it is not there"
+    kept = cache_dir()/'shards'/f'{digest(os.path.abspath(path), *size_and_time(path))}.npz'
     def read():
         try:
             with np.load(kept) as f: return Index(f['head'], f['at'], f['size'], bool(f['cut']))
@@ -216,7 +217,7 @@ def caption_of(data:bytes, key:str='')->str: # key of a JSON object, or empty fo
 class _Open:
     "An open shard and its usable samples"
     def __init__(self, path, caption_key:str, mark:tuple):
-        if stamp(path) != mark: raise BadData(f'{path} has changed since the run began')
+        if size_and_time(path) != mark: raise BadData(f'{path} has changed since the run began')
         self.path, self.file, ix = path, open(path, 'rb', buffering=0), index(path)
         use = np.flatnonzero(faults(ix, caption_key) == 0)
         self.head, self.part = ix.head[use], caption_part(ix, caption_key)[use]
@@ -234,8 +235,8 @@ class _Open:
 def _open(*what)->_Open: return _Open(*what)
 
 def _count(path, caption_key:str)->tuple:
-    "A shard's stamp, a digest of where its parts are, how many of its samples are usable, and how many are not, by reason"
-    mark, ix = stamp(path), index(path)
+    "A shard's size and time, a digest of where its parts are, how many of its samples are usable, and how many are not, by reason"
+    mark, ix = size_and_time(path), index(path)
     n = np.bincount(faults(ix, caption_key), minlength=len(FAULTS)).tolist()
     return mark, digest(ix.at.tobytes(), ix.size.tobytes()), n[0], Counter({r: k for r, k in zip((CUT, *FAULTS[1:]), (int(ix.cut), *n[1:]))
                                                                             if k})

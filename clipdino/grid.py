@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 
 from .analysis import settings as analysis_settings
-from .core import PRESETS, Settings, SettingsError, check, cores, environment, in_test, listed, one_of, read_json, root, runs_dir, say, writing
+from .core import PRESETS, Settings, SettingsError, at_least, check, cores, environment, in_test, listed, one_of, read_json, root, runs_dir, say, writing
 from .lm import lm_dir, settings as lm_settings
 from .objectives import OWN
 from .pretrain import OBJECTIVES, check_settings, program, samples_at_cost_of, settings as pretrain_settings, unused
@@ -140,8 +140,7 @@ class Grid(Settings):
             check(listed(getattr(self, f)), f'{f} names none of {", ".join(allowed)}')
             for v in listed(getattr(self, f)): one_of(f, v, allowed)
             check(len(set(listed(getattr(self, f)))) == len(listed(getattr(self, f))), f'{f}={getattr(self, f)} names one twice')
-        for f, low in dict(seeds=1, first_seed=0, workers=0, threads=0).items():
-            check(getattr(self, f) >= low, f'{f}={getattr(self, f)} must be at least {low}')
+        at_least(self, seeds=1, first_seed=0, workers=0, threads=0)
         check(self.slurm or not (self.submit or self.options or self.options_one), 'submit and options are for slurm=true')
         for f in 'given', 'options', 'options_one': words(f, getattr(self, f))
 
@@ -504,7 +503,8 @@ def script(jobs:list, grid:Grid)->list: # those to do, each after what it needs
 def told(*command)->str:
     "What a program of Slurm prints"
     try: p = subprocess.run(command, cwd=root(), env=surroundings(), stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    except FileNotFoundError: check(False, f'there is no {command[0]} here; submit where Slurm is, or run the grid on this machine')
+    except FileNotFoundError:
+        raise SettingsError(f'there is no {command[0]} here; submit where Slurm is, or run the grid on this machine') from None
     check(p.returncode == 0, f'{command[0]} refused{"".join(a.replace("--job-name=", " ") for a in command if a.startswith("--job-name"))}: {p.stderr.strip()}')
     return p.stdout.strip()
 

@@ -6,8 +6,8 @@
 __all__ = ['MEAN', 'STD', 'default_cfgs', 'CLIP_VOCAB', 'BYTE_TOKENS', 'OWN', 'ConvStem', 'clipdino_vit_smoke',
            'clipdino_vit_mini', 'DropPath', 'encode', 'LastBlock', 'make_encoder', 'patch_of', 'clip_tokenizer', 'trim',
            'ShortText', 'text_heads', 'TextTower', 'text_folder', 'layers_of', 'text_config', 'PretrainedText', 'full',
-           'alone', 'gather', 'rank', 'exactly', 'clip_loss', 'siglip_loss', 'in_parts', 'Objective', 'Contrastive',
-           'Own', 'dino_loss', 'GlobalBatchNorm', 'DINOHead', 'cosine', 'DINO', 'Hybrid']
+           'one_process', 'gather', 'rank', 'exactly', 'clip_loss', 'siglip_loss', 'in_parts', 'Objective',
+           'Contrastive', 'Own', 'dino_loss', 'GlobalBatchNorm', 'DINOHead', 'cosine', 'DINO', 'Hybrid']
 
 # %% ../nbs/01_objectives.ipynb #935fa519
 import copy, gzip, math, tempfile
@@ -235,14 +235,14 @@ def full(x:torch.Tensor)->torch.Tensor:
     "Half precision becomes single; single and double stay"
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
-def alone()->bool: return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+def one_process()->bool: return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
 
 def gather(x:torch.Tensor)->torch.Tensor: # (b, D) -> (B, D)
     "The features of all processes, with gradient"
-    if alone(): return x
+    if one_process(): return x
     return torch.cat(dist.nn.functional.all_gather(x.contiguous()))
 
-def rank()->int: return 0 if alone() else dist.get_rank()
+def rank()->int: return 0 if one_process() else dist.get_rank()
 
 def exactly(x:torch.Tensor): # where logits are not rounded to the digits of bf16
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
@@ -342,7 +342,7 @@ class GlobalBatchNorm(nn.Module):
         super().__init__()
         self.weight, self.bias, self.eps = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim)), eps
     def forward(self, x): # (N, D), N the same in all processes
-        if alone(): return F.batch_norm(x, None, None, self.weight, self.bias, True, eps=self.eps)
+        if one_process(): return F.batch_norm(x, None, None, self.weight, self.bias, True, eps=self.eps)
         x = full(x)
         def mean(v): return dist.nn.functional.all_reduce(v.mean(0))/dist.get_world_size()
         x = x - mean(x)  # first of all: a difference of squares may be lost, or negative
@@ -428,7 +428,7 @@ class DINO(Objective):
         parts = [checkpoint(self.scores, a, b, w_s, w_t, use_reentrant=False) if rows < n else self.scores(a, b, w_s, w_t)
                  for a, b in zip(s.split(rows, 1), t.split(rows, 1))]
         loss, entropy, q = (sum(p)/n for p in zip(*parts))
-        if not alone():  # what targets say of the picture is no mean over processes
+        if not one_process():  # what targets say of the picture is no mean over processes
             dist.all_reduce(q)
             q = q/dist.get_world_size()
         return dict(loss=loss, entropy=entropy, kl=loss.detach() - entropy, information=torch.special.entr(q/2).sum() - entropy)
@@ -456,7 +456,7 @@ class DINO(Objective):
     @torch.no_grad()
     def after_step(self, done, ok):
         "Teacher <- average of itself and the student; centre <- average of itself and the batch's; neither if the step was not taken"
-        if not alone(): dist.all_reduce(self.mean.div_(dist.get_world_size()))
+        if not one_process(): dist.all_reduce(self.mean.div_(dist.get_world_size()))
         batch = F.linear(self.mean, self.teacher_head.weight())  # mean teacher output, since the last layer is linear
         self.centre.copy_(torch.where(ok > 0, self.centre.lerp(batch, 1 - self.centre_momentum), self.centre))
         step = ok*(1 - cosine(self.momentum, 1., done))

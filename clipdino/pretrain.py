@@ -40,7 +40,7 @@ from timm.models._hub import save_for_hf
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .core import (CannotWrite, Metrics, PRESETS, Progress, Settings, SettingsError, alone, check, digest, environment, in_test, injected, one_of,
+from .core import (CannotWrite, Metrics, PRESETS, Progress, Settings, SettingsError, alone, at_least, check, digest, environment, in_test, injected, one_of,
                            mix, load_plugins, read_json, run_dir, runs_dir, say, seeded, whole, write_json)
 from .data import Bad, BadData, Shards, Steps, expand, loader
 from .objectives import (BYTE_TOKENS, CLIP_VOCAB, Contrastive, DINO, DINOHead, Hybrid, MEAN, OWN, Objective, STD, PretrainedText, TextTower, cosine, make_encoder, patch_of, text_config, text_heads)
@@ -160,7 +160,7 @@ def validate(run:Pretrain):
     def v(f): return getattr(run, f)
     for f in fields(run): check(f.type is not float or math.isfinite(v(f.name)), f'{f.name}={v(f.name)} must be a finite number')
     for f, allowed in dict(objective=(*OBJECTIVES, *OWN), **_CHOICES).items(): one_of(f, v(f), allowed)
-    for f, low in _LEAST.items(): check(v(f) >= low, f'{f}={v(f)} must be at least {low}')
+    at_least(run, **_LEAST)
     for f in _SHARES: check(0 <= v(f) <= 1, f'{f}={v(f)} must be from 0 to 1')
     for f in _BELOW_1: check(0 <= v(f) < 1, f'{f}={v(f)} must be at least 0 and below 1')
     for f in _POSITIVE: check(v(f) > 0, f'{f}={v(f)} must be above 0')
@@ -452,7 +452,8 @@ def kind_of(s:dict)->str: # settings, of a run or noted in its folder
 
 def check_kind(folder:Path, run:Settings):
     "Refuse a folder of another kind of run"
-    then, own = (kind_of(s) for s in (read_json(folder/'settings.json') if (folder/'settings.json').exists() else asdict(run), asdict(run)))
+    path, own = folder/'settings.json', kind_of(asdict(run))
+    then = kind_of(read_json(path)) if path.exists() else own
     check(then == own, f'{folder.name} is a run of {then}, and not of {own}: give this one another name')
 
 def check_noted(folder:Path):
@@ -988,7 +989,7 @@ def show_views(run:Pretrain, n:int=6):
         groups = view_groups(run if own else replace(run, objective=o, **{k: getattr(settings(run.preset, o), k) for k in VIEW_SETTINGS}))
         for g, x in zip(groups, make_views(groups, b['images'], b['hw'], run.seed, b['epochs'], b['ids'], (0,)*3, (1,)*3)):
             kind = '' if o == 'clip' else ', local' if g is not groups[0] else ', global'
-            rows += [(f'{o.upper()}\n{v.size} px{kind}', y) for v, y in list(zip(g, x.unflatten(0, (len(g), -1))))[:2]]
+            rows += [(f'{(run.objective if own else o).upper()}\n{v.size} px{kind}', y) for v, y in list(zip(g, x.unflatten(0, (len(g), -1))))[:2]]
     fig, axes = plt.subplots(len(rows), n, figsize=(1.1*n + 1, 1.1*len(rows)), squeeze=False)
     for r, (name, x) in zip(axes, rows):
         for ax, im in zip(r, x): ax.imshow(im.permute(1, 2, 0)); ax.set(xticks=[], yticks=[])

@@ -25,7 +25,7 @@ import seaborn as sns
 import torch
 from torch.utils.data import DataLoader
 
-from .core import Progress, Settings, SettingsError, alone, cache_dir, check, cores, digest, environment, in_test, injected, listed, locked, prefetch, read_json, results_dir, run_dir, say, theme, whole, write_json
+from .core import Progress, Settings, SettingsError, alone, at_least, cache_dir, check, cores, digest, environment, in_test, injected, listed, locked, prefetch, read_json, results_dir, run_dir, say, theme, whole, write_json
 from .encoders import Encoder, grid_of, load_encoder
 from .pretrain import LOOKS, check_settings, looked_up, program, tensors_digest
 from .readouts import READOUTS, authors_probe, check_features, choose, few_shot, fit_maps, fit_probes, grid, IGNORED, interval, knn, map_classes, mean_iou, overlaps, paired, report, try_settings
@@ -53,8 +53,7 @@ class ProbeRun(Settings):
 
     def __post_init__(self):
         super().__post_init__()
-        for f, low in dict(train=64, test=32, limit=0, canvas=16, batch=1).items():
-            check(getattr(self, f) >= low, f'{f}={getattr(self, f)} must be at least {low}')
+        at_least(self, train=64, test=32, limit=0, canvas=16, batch=1)
         check(self.layer != 0, 'layer=0 is none: blocks count from 1, or from -1 backwards')
         check('/' not in self.against, f'against={self.against!r} must be the name of a run under runs/')
         check(self.limit == 0 or listed(self.data) != ['world'],

@@ -164,7 +164,9 @@ def fit(x:Blocks, y:torch.Tensor, classes:int, l2, # strengths
     shape = (-1, x.width + 1, classes)
     for n, t in ((len(x)//8, 100*tol), (len(x), tol)):
         if n < min(16*classes, len(x)): continue  # too few to begin with; on all there is always a fit
-        def f(w, on): return (lambda v, g: (v, g.flatten(1)))(*logistic(x, y, w.view(shape), l2[on], n))
+        def f(w, on):
+            value, gradient = logistic(x, y, w.view(shape), l2[on], n)
+            return value, gradient.flatten(1)
         w, count = minimise(f, w, h, t, steps)
     return w.view(shape)
 

@@ -20,8 +20,8 @@ import pandas as pd
 from PIL import Image
 from scipy.io import loadmat
 
-from .core import check, digest, one_of
-from .data import BadData, BadSample, CLS, IMAGE, decode, expand, index, middle, split_name, stamp, threads
+from .core import SettingsError, check, digest, one_of
+from .data import BadData, BadSample, CLS, IMAGE, decode, expand, index, middle, size_and_time, split_name, threads
 from .readouts import IGNORED
 
 # %% ../nbs/01_sets.ipynb #1b56c2c2
@@ -200,7 +200,7 @@ def open_set(spec:str, # `name:PATH` for a set in `SETS`, else a folder with cla
         check(root.is_dir(), f'{path} is not a folder: {name} is read from the folder it was unpacked into')
         where, labels, classes = SETS[name](root, split)
     elif not any(c in path for c in '*?[{') and not root.exists():
-        check(False, f'{path} is not there: give a folder of class folders, shards, or NAME:PATH with one of {", ".join(SETS)}')
+        raise SettingsError(f'{path} is not there: give a folder of class folders, shards, or NAME:PATH with one of {", ".join(SETS)}')
     elif root.is_dir() and not any(root.glob('*.tar')): where, labels, classes = own_folders(root, split)
     else: where, labels, classes = own_shards(expand(path), split)
     n, where_from = len(classes), f'the {split} split of {spec}'
@@ -225,7 +225,7 @@ def split_spec(spec:str)->tuple:
 
 def fingerprint(where:Where, labels:np.ndarray, classes)->str:
     "Stands for names, sizes and times of files, for where in them the pictures are, and for their labels and order"
-    try: stamps = [(os.path.basename(f), *stamp(f)) for f in where.files]
+    try: stamps = [(os.path.basename(f), *size_and_time(f)) for f in where.files]
     except FileNotFoundError as e: raise BadData(f'{e.filename} is missing, but listed as a picture of this set') from None
     return digest(stamps, list(classes), where.raw, *(a.tobytes() for a in (where.file, where.at, where.size, labels)))
 

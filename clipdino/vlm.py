@@ -7,8 +7,8 @@ __all__ = ['CONNECTORS', 'SMOKE', 'SMALL', 'PAPER', 'PRESET', 'SOURCES', 'WORLD_
            'Tower', 'renamed', 'as_vit', 'as_clip', 'tower_tokens', 'agrees', 'own_tower', 'tower_of', 'Resampler',
            'Pool', 'make_connector', 'ConnectorConfig', 'ConnectorLlava', 'open_llm', 'picture_tokens', 'lm_keys',
            'text_logits', 'make_vlm', 'make_processor', 'save_vlm', 'make_chats', 'Seen', 'Reader', 'rate', 'in_one',
-           'whole_state', 'shard_reader', 'Trained', 'Stage', 'Parts', 'Held', 'check_inputs', 'finish', 'stages_of',
-           'train', 'train_vlm', 'main', 'show_training', 'show_val']
+           'whole_state', 'shard_reader', 'Trained', 'Gathered', 'Stage', 'gpu_memory', 'Parts', 'Held', 'check_inputs',
+           'finish', 'stages_of', 'train', 'train_vlm', 'main', 'show_training', 'show_val']
 
 # %% ../nbs/05_vlm.ipynb #2e9d86e1
 import math, os, shutil, time
@@ -17,7 +17,6 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property, partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -39,7 +38,7 @@ from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from .chat import TEMPLATES, AnyQuestions, Batches, Form, LlavaJson, WorldCaptions, expand, template_of
-from .core import Metrics, PRESETS, Progress, Settings, check, digest, environment, generator, in_test, injected, one_of, run_dir, say, seeded, sync, theme, write_json, writing
+from .core import Metrics, PRESETS, Progress, Settings, SettingsError, at_least, check, digest, environment, generator, in_test, injected, one_of, run_dir, say, seeded, sync, theme, write_json, writing
 from .encoders import Encoder, HFEncoder, OpenClipEncoder, TimmEncoder, folder_of, load_encoder, reading
 from .lm import settings as lm_settings, small_lm
 from .objectives import layers_of
@@ -102,9 +101,8 @@ class VLMRun(Settings):
         for f, allowed in dict(preset=PRESETS, connector=CONNECTORS, captions=POLICIES, answers=('letter', 'text', 'both'),
                                precision=('auto', 'fp32', 'bf16'), tracker=('', 'tensorboard', 'wandb')).items():
             one_of(f, getattr(self, f), allowed)
-        for f, low in dict(seed=0, canvas=16, image_tokens=0, lora=0, stage1_samples=0, stage1_batch=1, stage2_samples=0, stage2_batch=1,
-                           context=8, questions=0, micro=0, processes=0, save_every=1).items():
-            check(getattr(self, f) >= low, f'{f}={getattr(self, f)} must be at least {low}')
+        at_least(self, seed=0, canvas=16, image_tokens=0, lora=0, stage1_samples=0, stage1_batch=1, stage2_samples=0, stage2_batch=1,
+                 context=8, questions=0, micro=0, processes=0, save_every=1)
         for f in ('stage1_lr', 'stage2_lr', 'lm_lr', 'weight_decay'):
             check(0 <= getattr(self, f) < math.inf, f'{f}={getattr(self, f)} must be a finite number, 0 or above')
         check(0 < self.clip_grad < math.inf, f'clip_grad={self.clip_grad} must be above 0 and finite; 1e9 does not clip')
@@ -126,7 +124,7 @@ SMALL = dict(canvas=144, stage1_samples=262_144, stage1_batch=256, stage1_lr=1e-
              stage2_lr=3e-4, context=1024, save_every=65536)
 PAPER = dict(llm='lmsys/vicuna-7b-v1.5', stage1_data='', stage2_data='', stage1_samples=0, stage1_batch=256, stage1_lr=1e-3,
              stage2_samples=0, stage2_batch=128, stage2_lr=2e-5,
-             context=2048, questions=0, cached=False, micro=8, recompute=True, shard=True, save_every=65536)
+             context=2048, questions=0, cached=False, micro=8, recompute=True, shard=True, save_every=262144)
 PRESET = dict(smoke=SMOKE, mini={}, small=SMALL, paper=PAPER)
 SOURCES = dict(llm='the paper', template='LLaVA-1.5: conversation v1', layer='LLaVA-1.5: mm_vision_select_layer',
                connector='LLaVA-1.5: mlp2x_gelu', stage1_batch='LLaVA-1.5, pretrain.sh', stage1_lr='LLaVA-1.5, pretrain.sh',
@@ -258,7 +256,7 @@ def tower_of(e:Encoder, layer:int)->PreTrainedModel:
             if agrees(tower := make(), e, layer): return tower.requires_grad_(False).eval()
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as fault:
             why = f'{type(fault).__name__}: {fault}'.splitlines()[0]  # it has other parts
-    check(False, f'{e.name} has no form among vision towers that gives its patch tokens at layer {layer} from pictures of {e.size} px ({why})' + ('' if layer == -2 else '; with layer=-2 most have'))
+    raise SettingsError(f'{e.name} has no form among vision towers that gives its patch tokens at layer {layer} from pictures of {e.size} px ({why})' + ('' if layer == -2 else '; with layer=-2 most have'))
 
 # %% ../nbs/05_vlm.ipynb #b2e7eea1
 class Resampler(nn.Module):
@@ -316,8 +314,8 @@ def open_llm(name:str, preset:str, seed:int=0)->tuple: # -> model, tokenizer
     own, _, size = name.partition(':')
     source = str(small_lm(preset, size) if own == 'world' else folder_of(name) or name)
     with reading(source):
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)  # first, as it is small and may be refused
         model = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if tokenizer.convert_tokens_to_ids(MARK) in (None, tokenizer.unk_token_id): tokenizer.add_tokens([MARK], special_tokens=True)
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
@@ -468,6 +466,11 @@ class Trained:
               f'a saved state has other weights than those trained here, as {sorted(set(state) ^ self.names)[:1]}')
         self.module.load_state_dict(state, strict=False)
 
+class Gathered:
+    "Has a state that processes have put together"
+    def __init__(self, state:dict): self.state = state
+    def state_dict(self)->dict: return self.state
+
 class Stage:
     "One stage: what is trained, on which batches, from which state"
     def __init__(self, p:'Parts', k:int):
@@ -560,7 +563,7 @@ class Stage:
 
     def save(self):
         main = self.p.acc.is_main_process
-        model, opt = (SimpleNamespace(state_dict=lambda state=whole_state(x, main): state) for x in (self.trained, self.opt))
+        model, opt = (Gathered(whole_state(x, main)) for x in (self.trained, self.opt))  # by all processes
         if not main: return
         self.p.metrics.sync()
         save_state(self.folder, model, opt, self.step, keep=1 if self.step == self.steps else 2)
@@ -587,6 +590,9 @@ class Stage:
                 if self.step % save_every == 0 or self.step == self.steps: self.save()
 
 # %% ../nbs/05_vlm.ipynb #5ff7b131
+def gpu_memory(device:torch.device)->float: # bytes; without end where there is no GPU
+    return torch.cuda.get_device_properties(device).total_memory if device.type == 'cuda' else math.inf
+
 class Parts:
     "What a run is made of"
     def __init__(self, run:VLMRun, folder:Path, acc):
@@ -594,6 +600,7 @@ class Parts:
         self.encoder = load_encoder(run.encoder, acc.device)
         self.fingerprint = self.encoder.fingerprint  # before it becomes part of the VLM
         self.build()
+        self.check_memory()
         self.processor = make_processor(run, self.encoder, self.tokenizer)
         if run.questions: Form(self.tokenizer, run.template).begins(LETTERS)  # as `Held` will ask for them
         # after all that may be refused: every picture is looked at
@@ -616,6 +623,14 @@ class Parts:
         if self.run.recompute:
             for layer in layers_of(self.reader.lm): layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
         self.adapted = None
+
+    def check_memory(self):
+        "Stage 2 keeps weights, gradients and two moments of fp32 on each GPU, or a share of them; with adapters, little but the weights"
+        n, run = sum(v.numel() for v in self.reader.parameters()), self.run
+        need = n*(4 if run.lora else 16)/(self.acc.num_processes if run.shard else 1)
+        there = gpu_memory(self.acc.device)
+        check(need < there, f'to train {run.llm}, a GPU must hold {need/2**30:.1f} GiB of weights, gradients and moments, and has {there/2**30:.1f}: '
+              'give more processes and shard=true, or adapters (lora)')
 
     def join(self):
         "If its weights are split over the processes, make the VLM again in one piece, on the main process"

@@ -29,7 +29,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 from transformers.utils import logging
 
 from .chat import own_template
-from .core import Metrics, Progress, Settings, SettingsError, alone, check, digest, environment, in_test, injected, np_rng, one_of, prefetch, read_json, results_dir, run_dir, say, seeded, sync, theme, uniform, whole, write_json, writing
+from .core import Metrics, Progress, Settings, SettingsError, alone, at_least, check, digest, environment, in_test, injected, np_rng, one_of, prefetch, read_json, results_dir, run_dir, say, seeded, sync, theme, uniform, whole, write_json, writing
 from .encoders import folder_of, load_encoder
 from .lm import make_tokenizer
 from .pretrain import LOOKS, check_kind, check_settings, looked_up, program, tensors_digest
@@ -66,8 +66,7 @@ class Score(Settings):
         one_of('how', self.how, HOW)
         check('/' not in self.against, f'against={self.against!r} must be the name of a run under runs/')
         one_of('precision', self.precision, ('auto', 'fp32', 'bf16'))
-        for f, low in dict(n=1, canvas=16, limit=0, batch=1, max_new_tokens=1).items():
-            check(getattr(self, f) >= low, f'{f}={getattr(self, f)} must be at least {low}')
+        at_least(self, n=1, canvas=16, limit=0, batch=1, max_new_tokens=1)
 
     @property
     def folder_name(self)->str: return self.name or f'score-{slug(self.vlm)}'
@@ -372,7 +371,6 @@ def evaluate_in(folder:Path, run:Score, questions:Questions|None)->dict:
     if run.against and not done:
         check(read_json(other/'result.json')['questions']['fingerprint'] == questions.fingerprint,
               f'{run.against} answered other questions')
-    if run.against and not done:
         check([r.get('index') for r in predictions(other)] == [r['index'] for r in questions.rows],
               f'{run.against}/{path.name} is damaged: it does not have the answers to all questions, in their order')
     check_settings(folder, run, digest(vlm.fingerprint, questions.fingerprint), anew=not done and not Metrics.read(path))
@@ -504,7 +502,8 @@ def of_objective(runs:pd.DataFrame, objective:str, blind:bool=False)->pd.DataFra
 def by_objective(runs:pd.DataFrame, questions:Questions, protocol:str='calibrated')->dict: # -> objective -> as `aggregate`
     "Accuracies over seeds and questions; of the runs without pictures, whatever their encoder, the mean, over questions alone"
     categories = [r['category'] for r in questions.rows]
-    found = {o: right(g, questions, protocol) for o in (*LOOKS, 'untrained') if len(g := of_objective(runs, o))}
+    own = sorted(set(runs.encoder.map(objective_of)) - {*LOOKS, 'untrained'})
+    found = {o: right(g, questions, protocol) for o in (*LOOKS, *own, 'untrained') if len(g := of_objective(runs, o))}
     if runs.blind.any(): found['blind'] = right(runs[runs.blind], questions, protocol).mean(0)
     return {o: aggregate(v, categories) for o, v in found.items()}
 

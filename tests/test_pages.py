@@ -33,19 +33,21 @@ def commands(text:str)->list: # -> words of each
     parts = [shlex.split(p) for l in lines for p in re.split(r' && |; ', l) if re.search(r'papermill nbs/|-m clipdino\.', p)]
     return [p[p.index('papermill') if 'papermill' in p else p.index('-m'):] for p in parts]
 
-def check(words:list):
-    "Raise `SettingsError` or AssertionError if the command would be refused"
+def check(words:list)->list:
+    "What the command would run; raise `SettingsError` or AssertionError if it would be refused"
     if words[0] == '-m': return check_program(words[1].removeprefix('clipdino.'), words[2:])
     name = re.fullmatch(r'nbs/(\w+)\.ipynb', words[1])[1]
     assert name in NOTEBOOKS and re.fullmatch(r'runs/[\w-]+\.ipynb', words[2]), words
     rest = [w for w in words[3:] if w not in ('--log-output', '--no-progress-bar')]
     assert len(rest) % 3 == 0 and set(rest[::3]) <= {'-p'}, words
     given = {k: _resolve_type(v) for k, v in zip(rest[1::3], rest[2::3])}
-    check_run(NOTEBOOKS[name](**given))
+    run = NOTEBOOKS[name](**given)
+    check_run(run)
+    return [run]
 
-def check_program(name:str, options:list):
+def check_program(name:str, options:list)->list:
     "As the program would read them"
-    if name == 'study': return one_of('preset', *options or ['mini'], PRESETS)
+    if name == 'study': return one_of('preset', *options or ['mini'], PRESETS) or []
     module, seen, program = MODULES[name], [], pretrain.program
     def only_settings(about, kind, go, text, args): program(about, kind, lambda **given: seen.append(module.settings(**given)), text, args)
     with pytest.MonkeyPatch.context() as m:
@@ -54,6 +56,7 @@ def check_program(name:str, options:list):
         except SystemExit as e: raise SettingsError(f'{name} {options}: {e}') from None
     for run in seen: check_run(run)
     assert seen
+    return seen
 
 def check_run(run):
     "The names in it are such as are read; whether files are there is another matter"
@@ -82,6 +85,12 @@ def test_every_command_would_be_accepted(page, simclr):
     found = commands(prose(root/page))
     assert found
     for words in found: check(words)
+
+@pytest.mark.parametrize('page', PAGES)
+def test_no_two_commands_of_a_page_take_one_folder_for_different_runs(page, simclr):
+    made = {}
+    for run in (r for words in commands(prose(root/page)) for r in check(words)):
+        if not isinstance(run, grid.Grid): assert made.setdefault(run.folder_name, run) == run, f'{run.folder_name} is the folder of two runs'
 
 def test_the_pages_have_a_command_for_every_kind_of_run():
     found = [w for p in PAGES for w in commands(prose(root/p))]

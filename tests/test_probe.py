@@ -312,7 +312,7 @@ def test_an_analysis_of_the_world():
     assert {k: v for k, v in again.items() if k != 'environment'} == {k: v for k, v in r.items() if k != 'environment'}
     assert Path('runs/a/pairs-first-ranks.csv').read_bytes() == Path('runs/kept/pairs-first-ranks.csv').read_bytes()
     rows = analysis.collect([Path('runs/a')])
-    assert set(rows.readout) == set(analysis.READOUTS)
+    assert set(rows.readout) == set(analysis.EMBEDDINGS)
     old = {k: [{f: x for f, x in v.items() if f != 'readout'} for v in r[k] if v['readout'] == 'class token']
            for k in ('sensitivity', 'symbols')}
     write_json(Path('runs/a/result.json'), {**r, **old})  # as from before there were others

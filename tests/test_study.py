@@ -1,18 +1,19 @@
 "From result files to verdicts: made-up results of which the verdict is known, and results that must be refused."
 import json, math, re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import t as student, ttest_1samp
 
-import clipdino.analysis as analysis, clipdino.pretrain as pretrain, clipdino.probe as probe, clipdino.vlm as vlm, clipdino.vmcbench as vmcbench
+import clipdino.analysis as analysis, clipdino.pretrain as pretrain, clipdino.probe as probe, clipdino.study as study, clipdino.vlm as vlm, clipdino.vmcbench as vmcbench
 from clipdino.analysis import patch_colours
-from clipdino.core import SettingsError, digest
+from clipdino.core import SettingsError, digest, stamp
 from clipdino.encoders import load_encoder
 from clipdino.questions import GROUPS, LETTERS, VISION
-from clipdino.study import CLAIMS, RESULTS, WAYS, Effect, Results, abstract, along, collect, deciding, effect, judge, judgements, kinds_of_tasks, like, matched, mean_of, measured, moves, of_length, outcome, read_table, sensitivity, show_moves, told, two_sided, verdicts
+from clipdino.study import CLAIMS, RESULTS, WAYS, Effect, Results, abstract, along, collect, compared, deciding, effect, judge, judgements, kinds_of_tasks, like, matched, mean_of, measured, moves, of_length, outcome, read_table, sensitivity, show_moves, told, two_sided, verdicts
 from clipdino.world import render, scene
 from clipdino.worldvqa import WorldVQA
 
@@ -93,7 +94,7 @@ def test_encoders_that_learned_nothing_are_not_compared(tmp_path):
     assert t.verdict['1'] == 'not shown better' and t.floor['1'] == 'CLIP and DINO not shown better than untrained'
     assert t.verdict['7s'] == 'not shown better' and t.floor['7t'] == 'CLIP not shown better than untrained'
     v = verdicts(dict(one=t.reset_index(), other=t.iloc[:1].reset_index())).set_index('')
-    assert v.one['7t'].endswith('], CLIP not shown better than untrained') and v.other['1'].endswith('CLIP and DINO not shown better than untrained') and v.other['2'] == ''
+    assert v.one['7t'].endswith('], CLIP not shown better than untrained, 3 seeds') and v.other['1'].endswith('CLIP and DINO not shown better than untrained, 3 seeds') and v.other['2'] == ''
 
 def test_choices_that_are_not_a_claims_are_empty(tmp_path):
     t = sensitivity(Results('mini', write(tmp_path, **AS_THE_PAPER)))
@@ -514,3 +515,16 @@ def test_real_runs_become_tables(tmp_path, monkeypatch, capsys):
     collect('smoke', to=to)
     assert {f: sorted(b.splitlines()) for f, b in before.items()} == {f.name: sorted(f.read_bytes().splitlines()) for f in to.iterdir()}
     with pytest.raises(SettingsError, match='has no finished run of the preset mini'): collect('mini', to=to)
+
+def test_seeds_that_one_objective_has_more():
+    assert compared([0, 1, 2], [0, 1, 2, 5]) == compared([0, 1, 2, 5], [0, 1, 2]) == [0, 1, 2] and compared([1], [1]) == [1]
+    for ours, theirs in ([0, 1], [0, 1, 2]), ([0, 1, 3], [0, 1, 2]), ([], []), ([0, 1, 2, 3], [0, 1, 2, 4]): assert not compared(ours, theirs)
+
+def test_the_readme_gets_its_table_and_keeps_the_rest(tmp_path, monkeypatch):
+    (tmp_path/'settings.ini').touch(); (tables := tmp_path/'nbs/results/study').mkdir(parents=True)
+    write(tables, **AS_THE_PAPER); monkeypatch.chdir(tmp_path); monkeypatch.setattr(study, 'collect', lambda preset: None)
+    Path('README.md').write_text('before\n<!-- claims -->\nold\n<!-- end of claims -->\nafter\n')
+    study.refresh()
+    said = Path('README.md').read_text()
+    assert said.startswith(f'before\n<!-- claims -->\nPreset `mini`, from result files {stamp(tables)}') and said.endswith('|\n<!-- end of claims -->\nafter\n')
+    assert 'old' not in said and said.count('| 5 |') == 1 and re.search(r'\| 5 \|.*replicated \(p.*\), 3 seeds', said)

@@ -53,7 +53,7 @@ def parts(run):
     (folder := Path('runs')/run.name).mkdir(parents=True, exist_ok=True)
     return Parts(run, folder, accelerator(run, folder))
 
-def pictures(shapes=((32, 32), (20, 44), (61, 35)), smooth=False):
+def pictures(shapes=((32, 32), (20, 44), (61, 35))):
     "Noisy pictures of any shape (height, width)"
     r = np.random.default_rng(0)
     return [Image.fromarray(r.integers(0, 256, (h, w, 3), np.uint8)) for h, w in shapes]
@@ -763,3 +763,13 @@ def test_options_give_the_settings(monkeypatch, capsys):
     monkeypatch.setattr('clipdino.vlm.train_vlm', lambda r: seen.append(r) or {})
     main(arguments(run, settings('smoke')))
     assert seen == [run] and json.loads(capsys.readouterr().out) == dict(name=None, stages=None, val=None)
+
+def test_a_language_model_that_a_gpu_cannot_train_is_refused_at_once(monkeypatch):
+    p = parts(smoke('large'))
+    n = sum(v.numel() for v in p.reader.parameters())
+    for bytes_each, run, processes in (16, p.run, 1), (16, replace(p.run, shard=True), 4), (4, replace(p.run, lora=2), 1):
+        p.run, p.acc = run, SimpleNamespace(device=p.acc.device, num_processes=processes)
+        monkeypatch.setattr('clipdino.vlm.gpu_memory', lambda device: bytes_each*n/processes + 1)
+        p.check_memory()
+        monkeypatch.setattr('clipdino.vlm.gpu_memory', lambda device: bytes_each*n/processes - 1)
+        with pytest.raises(SettingsError, match='give more processes and shard=true, or adapters'): p.check_memory()

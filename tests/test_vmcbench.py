@@ -375,11 +375,11 @@ def test_letters_as_the_template_puts_them(vlm, monkeypatch):
     monkeypatch.setattr(vlm.processor, 'chat_template', spaced)
     row, tok = Squares(1).rows[0], vlm.processor.tokenizer
     assert vmc.chat(vlm, row).endswith('assistant:') and vmc.chat(vlm, row, answer='B').endswith('assistant: B<|end|>')
-    if len({tokens[0] for tokens in (tok(f' {l}', add_special_tokens=False).input_ids for l in LETTERS)}) < 4:
-        with pytest.raises(SettingsError, match='four different tokens'): vmc.letter_ids(vlm, row)  # the space is a token of its own
-    else: assert [tok.decode([i]) for i in vmc.letter_ids(vlm, row)] == [f' {l}' for l in LETTERS]
-    monkeypatch.setattr(vmc, 'token_ids', lambda v, text: [1] if text.endswith(':') else [1, 5, *text.encode()])
-    with pytest.raises(SettingsError, match='four different tokens for A, B, C, D; give how=generate'): vmc.letter_ids(vlm, row)
+    with pytest.raises(SettingsError, match='four different tokens for A, B, C, D; give how=generate'):
+        vmc.letter_ids(vlm, row)  # with this tokenizer the space is a token of its own
+    parted = spaced.replace("' ' + c.text", 'c.text')
+    monkeypatch.setattr(vlm.processor, 'chat_template', parted)
+    assert [tok.decode([i]) for i in vmc.letter_ids(vlm, row)] == list(LETTERS)
 
 # runs
 
