@@ -496,13 +496,15 @@ def objective_of(encoder:str)->str:
 
 def over_seeds(ax, table:pd.DataFrame, rows:list, scale:float=100.): # columns encoder, row, value; rows in order
     "One marker for each objective: the mean over its seeds, and their range"
+    there = set(table.encoder.map(objective_of))
     marks = dict(zip((*LOOKS, 'untrained'), 'o^sDxv'))
-    kinds = [o for o in marks if o in set(table.encoder.map(objective_of))]
+    marks |= dict.fromkeys(sorted(there - marks.keys()), '*')  # objectives of a reader's own
+    kinds = [o for o in marks if o in there]
     for k, o in enumerate(kinds):
         g = scale*table[table.encoder.map(objective_of) == o].groupby('row').value.agg(['mean', 'min', 'max']).reindex(rows)
         y = np.arange(len(rows)) + .66*(k/max(len(kinds) - 1, 1) - .5)
         ax.errorbar(g['mean'], y, xerr=[g['mean'] - g['min'], g['max'] - g['mean']], fmt=marks[o], ms=4.5, lw=1.2,
-                    color=LOOKS.get(o, '.5'), label=o)
+                    color=LOOKS.get(o, '.5' if o == 'untrained' else 'k'), label=o)
     for i in range(len(rows)): ax.axhline(i + .5, color='.92', lw=.8, zorder=0)
     ax.set(yticks=range(len(rows)), yticklabels=rows, ylim=(len(rows) - .5, -.5))
 

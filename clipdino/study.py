@@ -670,7 +670,7 @@ def abstract(r:Results, tables:dict): # of `judgements`
         return '\n'.join(f'- *{v}*: ' + '; '.join(f'{c.says}: {measured(c)}'.removesuffix(': ') for c in g.itertuples())
                          for v, g in t.groupby(t.apply(ruled, axis=1), sort=False))
     seeds = sorted({int(n) for t in tables.values() for n in t.seeds.dropna()})
-    head = f'Preset `{r.preset}`, {" or ".join(map(str, seeds)) or "no"} seeds, {len(r.questions):,} questions for each VLM; effects with 95% intervals.'
+    head = f'Preset `{r.preset}`, {" to ".join(dict.fromkeys(map(str, seeds[:1] + seeds[-1:]))) or "no"} seeds, {len(r.questions):,} questions for each VLM; effects with 95% intervals.'
     return Markdown('\n\n'.join([head, *(f'{way.capitalize()}:\n\n{listed(t)}' for way, t in tables.items())]))
 
 # %% ../nbs/07_study.ipynb #8efda55e

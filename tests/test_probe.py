@@ -2,7 +2,9 @@
 import os, resource, shutil, subprocess, sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -342,3 +344,9 @@ def test_pairs_of_folders_and_shards(tmp_path):
 def test_classes_of_one_name_are_two():
     r = report(torch.eye(3)[[0, 2, 2]], [0, 1, 2], ('crane', 'crane', 'dog'))
     assert r['mean_class'] == pytest.approx(2/3) and r['per_class'] == {'crane (0)': 1., 'crane (1)': 0., 'dog': 1.}
+
+def test_a_readers_own_objective_is_drawn_too():
+    ax = plt.figure().subplots()
+    rows = pd.DataFrame(dict(encoder=['clip-mini-s0', 'simclr-mini-s0', 'random:clip-mini-s0'], row='object', value=[.9, .5, .1]))
+    probe.over_seeds(ax, rows, ['object'])
+    assert {c.get_label(): c.lines[0].get_xdata().item() for c in ax.containers} == dict(clip=90, simclr=50, untrained=10)

@@ -113,7 +113,7 @@ def test_matched_by_accuracy(tmp_path):
     assert accuracy.verdict['1'] == 'replicated' and accuracy.effect['2'] == pytest.approx(0, abs=1) and accuracy.verdict['2'] == 'inconclusive' and 'incomplete' not in set(accuracy.verdict)
     tables = judgements(r)
     t = verdicts(tables).set_index('')
-    assert re.fullmatch(r'[+-]0\.\d points \[.+\], inconclusive \(p\s=\s\d\.\d+\)', t['equal accuracy']['2']) and t['equal accuracy']['7s'] == '' and '; Equal accuracy: ' in told(tables, '1').data
+    assert re.fullmatch(r'[+-]0\.\d points \[.+\], inconclusive \(p\s=\s\d\.\d+\), 3 seeds', t['equal accuracy']['2']) and t['equal accuracy']['7s'] == '' and '; Equal accuracy: ' in told(tables, '1').data
     with pytest.raises(SettingsError, match='matching.*samples'): matched(r, 'time', 'clip', 'dino')
     with pytest.raises(SettingsError, match=r"judge is about the objectives that the claims name; for others call a claim's function"):
         judge(r, a='siglip')
@@ -219,7 +219,7 @@ def test_vlms_trained_in_another_length(tmp_path, length, most, between, wrong):
     assert judge(r).set_index('claim').verdict['5'] == 'replicated' and (t := judge(r, length=length)).claim.tolist() == ['5', '6', '6v'] and t.verdict[0] == 'not shown better'
     assert sensitivity(r).loc[length, '5'].endswith('not shown better') and set(along(r, most.split('=')[0]).value) == {'131072', *(v.split('=')[1] for v in (most, between))}
     if length in WAYS:
-        assert verdicts(judgements(r)).set_index('')[length]['5'].endswith('CLIP not shown better than untrained') and f'{length.capitalize()}: ' in told(judgements(r), '5').data
+        assert verdicts(judgements(r)).set_index('')[length]['5'].endswith('CLIP not shown better than untrained, 3 seeds') and f'{length.capitalize()}: ' in told(judgements(r), '5').data
     with pytest.raises(SettingsError, match=f'no VLMs with a {length}: the study {length[-7:].replace(" ", "")} has them'):
         of_length(Results('mini', write(tmp_path, more=[('clip', wrong)])), length)
     early = 'samples=24576 warmup=0.8'
