@@ -8,8 +8,8 @@ __all__ = ['SIZES', 'FEATURES', 'TASKS', 'WITHIN', 'POOLED', 'MAPS', 'PARTS', 'P
            'fill', 'features', 'Pictures', 'even', 'Task', 'world_tasks', 'Opened', 'open_sets', 'set_task',
            'WorldMaps', 'OnlyPictures', 'dense', 'constant_iou', 'name_classes', 'probe_task', 'pool', 'probe_all',
            'save_arrays', 'probe', 'probe_in', 'comparable', 'compare', 'main_tasks', 'picture', 'show_tasks',
-           'show_grid', 'show_maps', 'show_differences', 'collect', 'objective_of', 'over_seeds', 'show_objectives',
-           'main']
+           'show_grid', 'show_maps', 'show_differences', 'collect', 'objective_of', 'own_objectives', 'over_seeds',
+           'show_objectives', 'main']
 
 # %% ../nbs/03_probe.ipynb #67db0db3
 import os, re, shutil, sys, time
@@ -494,12 +494,15 @@ def objective_of(encoder:str)->str:
     "What trained an encoder, from the name of its run"
     return 'untrained' if encoder.startswith('random:') else re.sub(r'-(smoke|mini|small|paper)-s\d+$', '', encoder)
 
+def own_objectives(encoders)->list:
+    "Objectives of a reader's own, by the names of runs that have a preset's settings"
+    runs = {e for e in encoders if re.fullmatch(r'(?!random:).+-(smoke|mini|small|paper)-s\d+', e)}
+    return sorted(set(map(objective_of, runs)) - LOOKS.keys())
+
 def over_seeds(ax, table:pd.DataFrame, rows:list, scale:float=100.): # columns encoder, row, value; rows in order
     "One marker for each objective: the mean over its seeds, and their range"
-    there = set(table.encoder.map(objective_of))
-    marks = dict(zip((*LOOKS, 'untrained'), 'o^sDxv'))
-    marks |= dict.fromkeys(sorted(there - marks.keys()), '*')  # objectives of a reader's own
-    kinds = [o for o in marks if o in there]
+    marks = dict(zip((*LOOKS, 'untrained'), 'o^sDxv')) | dict.fromkeys(own_objectives(table.encoder), '*')
+    kinds = [o for o in marks if o in set(table.encoder.map(objective_of))]
     for k, o in enumerate(kinds):
         g = scale*table[table.encoder.map(objective_of) == o].groupby('row').value.agg(['mean', 'min', 'max']).reindex(rows)
         y = np.arange(len(rows)) + .66*(k/max(len(kinds) - 1, 1) - .5)

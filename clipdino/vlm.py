@@ -625,12 +625,12 @@ class Parts:
         self.adapted = None
 
     def check_memory(self):
-        "Stage 2 keeps weights, gradients and two moments of fp32 on each GPU, or a share of them; with adapters, little but the weights"
+        "Each GPU holds the weights in stage 1; in stage 2 gradients and two moments too, or a share of all; adapters are small. All in fp32"
         n, run = sum(v.numel() for v in self.reader.parameters()), self.run
-        need = n*(4 if run.lora else 16)/(self.acc.num_processes if run.shard else 1)
+        need = n*(4 if run.lora else max(4, 16/(self.acc.num_processes if run.shard else 1)))
         there = gpu_memory(self.acc.device)
         check(need < there, f'to train {run.llm}, a GPU must hold {need/2**30:.1f} GiB of weights, gradients and moments, and has {there/2**30:.1f}: '
-              'give more processes and shard=true, or adapters (lora)')
+              'give more processes and shard=true, adapters (lora), or a smaller language model')
 
     def join(self):
         "If its weights are split over the processes, make the VLM again in one piece, on the main process"

@@ -33,7 +33,7 @@ from .core import Metrics, Progress, Settings, SettingsError, alone, at_least, c
 from .encoders import folder_of, load_encoder
 from .lm import make_tokenizer
 from .pretrain import LOOKS, check_kind, check_settings, looked_up, program, tensors_digest
-from .probe import device_of, objective_of, slug
+from .probe import device_of, objective_of, own_objectives, slug
 from .questions import CATEGORIES, GROUPS, LETTERS, VISION, Questions, open_questions, prompt
 from .readouts import half_width, paired
 from .vlm import make_processor, make_vlm, save_vlm, settings as vlm_settings  # and makes our towers and connectors known to transformers
@@ -502,8 +502,7 @@ def of_objective(runs:pd.DataFrame, objective:str, blind:bool=False)->pd.DataFra
 def by_objective(runs:pd.DataFrame, questions:Questions, protocol:str='calibrated')->dict: # -> objective -> as `aggregate`
     "Accuracies over seeds and questions; of the runs without pictures, whatever their encoder, the mean, over questions alone"
     categories = [r['category'] for r in questions.rows]
-    own = sorted(set(runs.encoder.map(objective_of)) - {*LOOKS, 'untrained'})
-    found = {o: right(g, questions, protocol) for o in (*LOOKS, *own, 'untrained') if len(g := of_objective(runs, o))}
+    found = {o: right(g, questions, protocol) for o in (*LOOKS, *own_objectives(runs.encoder), 'untrained') if len(g := of_objective(runs, o))}
     if runs.blind.any(): found['blind'] = right(runs[runs.blind], questions, protocol).mean(0)
     return {o: aggregate(v, categories) for o, v in found.items()}
 

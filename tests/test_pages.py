@@ -47,7 +47,9 @@ def check(words:list)->list:
 
 def check_program(name:str, options:list)->list:
     "As the program would read them"
-    if name == 'study': return one_of('preset', *options or ['mini'], PRESETS) or []
+    if name == 'study':
+        one_of('preset', *options or ['mini'], PRESETS)
+        return []
     module, seen, program = MODULES[name], [], pretrain.program
     def only_settings(about, kind, go, text, args): program(about, kind, lambda **given: seen.append(module.settings(**given)), text, args)
     with pytest.MonkeyPatch.context() as m:

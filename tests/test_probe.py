@@ -347,6 +347,6 @@ def test_classes_of_one_name_are_two():
 
 def test_a_readers_own_objective_is_drawn_too():
     ax = plt.figure().subplots()
-    rows = pd.DataFrame(dict(encoder=['clip-mini-s0', 'simclr-mini-s0', 'random:clip-mini-s0'], row='object', value=[.9, .5, .1]))
+    rows = pd.DataFrame(dict(encoder=['clip-mini-s0', 'simclr-mini-s0', 'random:clip-mini-s0', 'clip-mini-s0-captions-full', 'timm:x'], row='object', value=[.9, .5, .1, .2, .3]))
     probe.over_seeds(ax, rows, ['object'])
     assert {c.get_label(): c.lines[0].get_xdata().item() for c in ax.containers} == dict(clip=90, simclr=50, untrained=10)

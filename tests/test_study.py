@@ -12,6 +12,7 @@ import clipdino.analysis as analysis, clipdino.pretrain as pretrain, clipdino.pr
 from clipdino.analysis import patch_colours
 from clipdino.core import SettingsError, digest, stamp
 from clipdino.encoders import load_encoder
+from clipdino.grid import Grid
 from clipdino.questions import GROUPS, LETTERS, VISION
 from clipdino.study import CLAIMS, RESULTS, WAYS, Effect, Results, abstract, along, collect, compared, deciding, effect, judge, judgements, kinds_of_tasks, like, matched, mean_of, measured, moves, of_length, outcome, read_table, sensitivity, show_moves, told, two_sided, verdicts
 from clipdino.world import render, scene
@@ -115,6 +116,10 @@ def test_matched_by_accuracy(tmp_path):
     t = verdicts(tables).set_index('')
     assert re.fullmatch(r'[+-]0\.\d points \[.+\], inconclusive \(p\s=\s\d\.\d+\), 3 seeds', t['equal accuracy']['2']) and t['equal accuracy']['7s'] == '' and '; Equal accuracy: ' in told(tables, '1').data
     with pytest.raises(SettingsError, match='matching.*samples'): matched(r, 'time', 'clip', 'dino')
+    with pytest.raises(SettingsError, match='only CLIP and DINO are matched, not clip and siglip'): matched(r, 'accuracy', 'clip', 'siglip')
+    assert matched(r, 'accuracy', 'dino', 'untrained') == {}
+    r = Results('mini', write(tmp_path, values | {('clip', 'object'): .4}, more=[('clip', early)]))
+    with pytest.raises(SettingsError, match='DINO classifies better than CLIP here'): matched(r, 'accuracy', 'clip', 'dino')
     with pytest.raises(SettingsError, match=r"judge is about the objectives that the claims name; for others call a claim's function"):
         judge(r, a='siglip')
 
@@ -517,6 +522,7 @@ def test_real_runs_become_tables(tmp_path, monkeypatch, capsys):
     with pytest.raises(SettingsError, match='has no finished run of the preset mini'): collect('mini', to=to)
 
 def test_seeds_that_one_objective_has_more():
+    assert study.ENOUGH == Grid().seeds
     assert compared([0, 1, 2], [0, 1, 2, 5]) == compared([0, 1, 2, 5], [0, 1, 2]) == [0, 1, 2] and compared([1], [1]) == [1]
     for ours, theirs in ([0, 1], [0, 1, 2]), ([0, 1, 3], [0, 1, 2]), ([], []), ([0, 1, 2, 3], [0, 1, 2, 4]): assert not compared(ours, theirs)
 

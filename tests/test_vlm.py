@@ -767,9 +767,10 @@ def test_options_give_the_settings(monkeypatch, capsys):
 def test_a_language_model_that_a_gpu_cannot_train_is_refused_at_once(monkeypatch):
     p = parts(smoke('large'))
     n = sum(v.numel() for v in p.reader.parameters())
-    for bytes_each, run, processes in (16, p.run, 1), (16, replace(p.run, shard=True), 4), (4, replace(p.run, lora=2), 1):
+    shared = replace(p.run, shard=True)
+    for bytes_each, run, processes in (16, p.run, 1), (16, p.run, 2), (8, shared, 2), (4, shared, 8), (4, replace(p.run, lora=2), 1):
         p.run, p.acc = run, SimpleNamespace(device=p.acc.device, num_processes=processes)
-        monkeypatch.setattr('clipdino.vlm.gpu_memory', lambda device: bytes_each*n/processes + 1)
+        monkeypatch.setattr('clipdino.vlm.gpu_memory', lambda device: bytes_each*n + 1)
         p.check_memory()
-        monkeypatch.setattr('clipdino.vlm.gpu_memory', lambda device: bytes_each*n/processes - 1)
-        with pytest.raises(SettingsError, match='give more processes and shard=true, or adapters'): p.check_memory()
+        monkeypatch.setattr('clipdino.vlm.gpu_memory', lambda device: bytes_each*n - 1)
+        with pytest.raises(SettingsError, match='give more processes and shard=true, adapters'): p.check_memory()
