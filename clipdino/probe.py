@@ -480,12 +480,13 @@ def collect(folders)->pd.DataFrame: # finished probing runs
         r = read_json(d/'result.json')
         same = dict(run=d.name, encoder=r['encoder']['name'], weights=r['encoder']['fingerprint'][:12], commit=r['environment']['commit'])
         for task, t in r['tasks'].items():
+            own = dict(same, task=task, test=t.get('test', ''))
             if 'miou' in t:
-                rows.append(dict(same, task=task, how='miou', value=t['miou'], low=t['interval'][0], high=t['interval'][1],
+                rows.append(dict(own, how='miou', value=t['miou'], low=t['interval'][0], high=t['interval'][1],
                                  chance=t['constant'], pictures=t['pictures']))
-            rows += [dict(same, task=task, how=how, value=v['top1'], low=v['interval'][0], high=v['interval'][1], chance=v['chance'],
+            rows += [dict(own, how=how, value=v['top1'], low=v['interval'][0], high=v['interval'][1], chance=v['chance'],
                           pictures=v['pictures']) for how, v in t.items() if how in (*HOW, 'linear_cls')]
-            rows += [dict(same, task=task, how=f'{n} shots', value=v['top1'], chance=t['knn']['chance'], pictures=t['knn']['pictures'])
+            rows += [dict(own, how=f'{n} shots', value=v['top1'], chance=t['knn']['chance'], pictures=t['knn']['pictures'])
                      for n, v in t.get('few_shot', {}).items()]
     return pd.DataFrame(rows).round(5)
 

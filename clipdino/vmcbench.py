@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HOW', 'SIZES', 'AGGREGATIONS', 'PROTOCOLS', 'SUBSETS', 'DRAWS', 'LABELS', 'NAMES', 'Score', 'settings',
            'questions_of', 'VLM', 'load_vlm', 'origin', 'saved', 'untrained_vlm', 'Squares', 'chat', 'token_ids',
-           'letter_ids', 'order_of', 'inputs', 'ask', 'answers', 'batched', 'parse', 'drawn', 'calibrate', 'judge',
-           'successes', 'protocols_of', 'levels', 'aggregate', 'letters_of', 'score', 'compare', 'predictions',
+           'letter_ids', 'order_of', 'inputs', 'First', 'ask', 'answers', 'batched', 'parse', 'drawn', 'calibrate',
+           'judge', 'successes', 'protocols_of', 'levels', 'aggregate', 'letters_of', 'score', 'compare', 'predictions',
            'compare_runs', 'write_lines', 'answer_all', 'evaluate', 'evaluate_in', 'short', 'ordered', 'dots',
            'by_group', 'show_sets', 'show_differences', 'show_letters', 'disagreements', 'gallery', 'collect', 'right',
            'of_objective', 'by_objective', 'gap', 'named', 'show_table', 'show_objectives', 'show_gap', 'main']
@@ -25,7 +25,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from scipy.stats import norm
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessor
 from transformers.utils import logging
 
 from .chat import own_template
@@ -195,19 +195,27 @@ def inputs(vlm:VLM, questions:Questions, ids:list, blind:bool=False, room:int=0)
           f'a question among {[questions.rows[i]["index"] for i in ids[:3]]}... needs {longest} tokens with its answer, and {vlm.name} takes {most}')
     return x
 
+class First(LogitsProcessor):
+    "Keeps the scores of the first new token, and changes none"
+    scores = None
+    def __call__(self, input_ids, scores):
+        if self.scores is None: self.scores = scores.clone()
+        return scores
+
 @torch.inference_mode()
 def ask(vlm:VLM, x, letters:list, how:str='both', max_new_tokens:int=16)->list: # of `inputs`; of `letter_ids`
     "For each question of a batch: what is written, greedily, in how many tokens, and the log-probabilities of the four letters as its first token"
     new, device = 1 if how == 'likelihood' else max_new_tokens, vlm.model.device
     x = {k: v.to(device, vlm.model.dtype if v.is_floating_point() else None) for k, v in x.items()}
-    out = vlm.model.generate(**x, max_new_tokens=new, use_cache=new > 1, output_logits=how != 'generate', return_dict_in_generate=True)
+    first = First()
+    out = vlm.model.generate(**x, max_new_tokens=new, use_cache=new > 1, logits_processor=[first])
     told = [{} for _ in x['input_ids']]
     if how != 'generate':
-        scores = out.logits[0].float().log_softmax(-1)[:, letters].cpu()
+        scores = first.scores.float().log_softmax(-1)[:, letters].cpu()
         check(scores.isfinite().all(), f'{vlm.name} gives a letter a probability that is no number, or none')
         for a, s in zip(told, scores.tolist()): a['scores'] = [round(v, 6) for v in s]
     if how != 'likelihood':
-        written, eos = out.sequences[:, x['input_ids'].shape[1]:].cpu(), vlm.model.generation_config.eos_token_id
+        written, eos = out[:, x['input_ids'].shape[1]:].cpu(), vlm.model.generation_config.eos_token_id
         ends = torch.isin(written, torch.as_tensor(-1 if eos is None else eos))  # one or several
         count = torch.where(ends.any(1), ends.int().argmax(1) + 1, written.shape[1]).tolist()
         for a, w, n in zip(told, written, count): a.update(raw=vlm.processor.tokenizer.decode(w[:n], skip_special_tokens=True), tokens=n)
@@ -490,7 +498,9 @@ def right(runs:pd.DataFrame, questions:Questions, protocol:str='calibrated')->np
     "Which questions each run answered right"
     odd = runs[runs.fingerprint != questions.fingerprint]
     check(odd.empty, f'{list(odd.run)[:1]} answered other questions than {questions.name} {questions.fingerprint}')
-    letters = np.array([list(v) for v in runs[PROTOCOLS[protocol]]])
+    told = runs[PROTOCOLS[protocol]].fillna('')
+    check((told != '').all(), f'{list(runs.run[told == ""])[:1]} was not asked in the way that protocol={protocol!r} judges')
+    letters = np.array([list(v) for v in told])
     return ((letters if protocol == 'strict' else np.char.upper(letters)) == np.array([r['answer'] for r in questions.rows])).astype(np.float64)
 
 def of_objective(runs:pd.DataFrame, objective:str, blind:bool=False)->pd.DataFrame:

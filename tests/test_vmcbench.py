@@ -471,6 +471,8 @@ def test_a_table_of_letters_holds_every_number(folder, tmp_path):
         assert [aggregate(v, [r['category'] for r in Squares().rows]) for v in vmc.right(t, Squares(), p)] == [r['score']['protocols'][p] for r in results]
     assert any(l.islower() for l in ''.join(t.letter)), 'some answers could not be parsed'
     with pytest.raises(SettingsError, match="'t1'.* answered other questions than squares"): vmc.right(t, Squares(16))
+    t.loc[1, 'calibrated'] = np.nan
+    with pytest.raises(SettingsError, match="'t2'.* was not asked in the way that protocol='calibrated' judges"): vmc.right(t, Squares())
 
 def table(**seeds):
     "Letters of made-up runs, of which a share is right"
