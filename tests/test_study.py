@@ -227,7 +227,7 @@ def test_vlms_trained_in_another_length(tmp_path, length, most, between, wrong):
     assert sensitivity(r).loc[length, '5'].endswith('not shown better') and set(along(r, most.split('=')[0]).value) == {'131072', *(v.split('=')[1] for v in (most, between))}
     if length in WAYS:
         assert verdicts(judgements(r)).set_index('')[length]['5'].endswith('CLIP not shown better than untrained, 3 seeds') and f'{length.capitalize()}: ' in told(judgements(r), '5').data
-    with pytest.raises(SettingsError, match=f'no VLMs with a {length}: the study {length[-7:].replace(" ", "")} has them'):
+    with pytest.raises(SettingsError, match=f'no VLMs with a {length}, {most}: the study {length[-7:].replace(" ", "")} has them'):
         of_length(Results('mini', write(tmp_path, more=[('clip', wrong)])), length)
     early = 'samples=24576 warmup=0.8'
     r = Results('mini', write(tmp_path, answers={'clip': blind, 'dino': blind, ('clip', f'{early} {most}'): lambda c: .8},
@@ -556,5 +556,5 @@ def test_the_readme_gets_its_table_and_keeps_the_rest(tmp_path, monkeypatch):
     Path('README.md').write_text('before\n<!-- claims -->\nold\n<!-- end of claims -->\nafter\n')
     study.refresh()
     said = Path('README.md').read_text()
-    assert said.startswith(f'before\n<!-- claims -->\nPreset `mini`, from result files {stamp(tables)}') and said.endswith('|\n<!-- end of claims -->\nafter\n')
+    assert said.startswith(f'before\n<!-- claims -->\nPreset `mini`, from result files {stamp(tables)}') and said.endswith(f'|\n\n{corrected_together(judgements(Results("mini", tables)))}\n<!-- end of claims -->\nafter\n')
     assert 'old' not in said and said.count('| 5 |') == 1 and re.search(r'\| 5 \|.*replicated \(p.*\), 3 seeds', said)
