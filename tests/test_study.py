@@ -14,7 +14,7 @@ from clipdino.core import SettingsError, digest, stamp
 from clipdino.encoders import load_encoder
 from clipdino.grid import Grid
 from clipdino.questions import GROUPS, LETTERS, VISION
-from clipdino.study import CLAIMS, RESULTS, WAYS, Effect, Results, abstract, along, by_seed, collect, compared, corrected_together, deciding, effect, judge, judgements, kinds_of_tasks, like, matched, mean_of, measured, moves, of_length, outcome, read_table, sensitivity, show_moves, told, two_sided, verdicts
+from clipdino.study import CLAIMS, RESULTS, WAYS, Effect, Results, abstract, along, by_seed, collect, corrected_together, deciding, effect, judge, judgements, kinds_of_tasks, like, matched, mean_of, measured, moves, of_length, outcome, read_table, sensitivity, show_moves, told, two_sided, verdicts
 from clipdino.world import render, scene
 from clipdino.worldvqa import WorldVQA
 
@@ -546,7 +546,8 @@ def test_real_runs_become_tables(tmp_path, monkeypatch, capsys):
     with pytest.raises(SettingsError, match='has no finished run of the preset mini'): collect('mini', to=to)
 
 def test_seeds_that_one_objective_has_more():
-    assert study.ENOUGH == Grid().seeds
+    assert vmcbench.ENOUGH == Grid().seeds
+    compared = vmcbench.compared
     assert compared([0, 1, 2], [0, 1, 2, 5]) == compared([0, 1, 2, 5], [0, 1, 2]) == [0, 1, 2] and compared([1], [1]) == [1]
     for ours, theirs in ([0, 1], [0, 1, 2]), ([0, 1, 3], [0, 1, 2]), ([], []), ([0, 1, 2, 3], [0, 1, 2, 4]): assert not compared(ours, theirs)
 

@@ -494,6 +494,7 @@ def test_objectives_over_seeds():
     assert vmc.gap(t, q, 'dino', 'clip')['questions']['overall']['value'] == -cell['value']
     blind = vmc.by_objective(pd.concat([t, t[t.run == 'clip0'].assign(blind=True), t[t.run == 'dino1'].assign(blind=True)]), q)
     assert {o: blind[o] for o in found} == found and blind['blind'] == aggregate(vmc.right(t[t.run.isin(('clip0', 'dino1'))], q).mean(0), [r['category'] for r in q.rows])
+    assert vmc.gap(pd.concat([t, t[t.run == 'clip2'].assign(run='clip3', seed=3)]), q) == d, 'a seed more of one is left out'
     with pytest.raises(SettingsError, match=r'clip has the seeds \[0, 1, 2\] and dino has \[0, 1\]'): vmc.gap(t[t.run != 'dino2'], q)
     with pytest.raises(SettingsError, match=r'clip has several runs of seed \[1\], clip0, clip1, clip1, clip2: give those'):
         vmc.gap(pd.concat([t, t[t.run == 'clip1']]), q)
