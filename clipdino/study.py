@@ -12,9 +12,9 @@ __all__ = ['RESULTS', 'STAGES', 'GALLERY', 'PICTURES', 'TEXTS', 'MATCHINGS', 'NE
            'fine_grained', 'semantics', 'appearance', 'analysed', 'moves', 'show_moves', 'symbols', 'text_questions',
            'other_questions', 'vision_questions', 'sigmoid', 'text_encoder', 'language_models', 'general', 'is_better',
            'language_model', 'two_sided', 'outcome', 'judge', 'judgements', 'corrected_together', 'sensitivity',
-           'show_claims', 'measured', 'ruled', 'p_value', 'seeds_of', 'found', 'told', 'verdicts', 'abstract',
-           'for_readme', 'refresh', 'runs_of', 'values_of', 'along', 'show_along', 'show_varied', 'kinds_of_tasks',
-           'show_kinds', 'show_pairs', 'show_patch_tokens']
+           'show_claims', 'measured', 'ruled', 'p_value', 'seeds_of', 'found', 'told', 'verdicts', 'for_readme',
+           'refresh', 'runs_of', 'values_of', 'along', 'show_along', 'show_varied', 'kinds_of_tasks', 'show_kinds',
+           'show_pairs', 'show_patch_tokens']
 
 # %% ../nbs/07_study.ipynb #30b1e560
 import argparse, math, re, sys, textwrap
@@ -673,15 +673,6 @@ def verdicts(tables:dict)->pd.DataFrame: # of `judgements`
     def cells(t):
         return first.claim.map({c.claim: ', '.join(filter(None, (measured(c), ruled(c) + p_value(c), seeds_of(c)))) for c in t.itertuples()}).fillna('')
     return pd.DataFrame({'': first.claim, 'claim': first.says, 'the paper': first.paper, **{way: cells(t) for way, t in tables.items()}})
-
-def abstract(r:Results, tables:dict): # of `judgements`
-    "What is found, by verdict"
-    def listed(t):
-        return '\n'.join(f'- *{v}*: ' + '; '.join(f'{c.says}: {measured(c)}'.removesuffix(': ') for c in g.itertuples())
-                         for v, g in t.groupby(t.apply(ruled, axis=1), sort=False))
-    seeds = sorted({int(n) for t in tables.values() for n in t.seeds.dropna()})
-    head = f'Preset `{r.preset}`, {" to ".join(dict.fromkeys(map(str, seeds[:1] + seeds[-1:]))) or "no"} seeds, {len(r.questions):,} questions for each VLM; effects with 95% intervals.'
-    return Markdown('\n\n'.join([head, *(f'{way.capitalize()}:\n\n{listed(t)}' for way, t in tables.items())]))
 
 # %% ../nbs/07_study.ipynb #8efda55e
 MARKS = '<!-- claims -->', '<!-- end of claims -->'
