@@ -294,7 +294,7 @@ def by_seed(t:pd.DataFrame, a:str, b:str, what:str)->tuple: # rows with objectiv
     ours, theirs = ours.loc[seeds], theirs.loc[seeds]
     for k in ('test', 'pictures', 'chance'):  # tables that were gathered before there was a digest have none
         on = [v for v in pd.concat([ours, theirs])[k].unique() if v != ''] if k in t else []
-        check(len(on) <= 1, f'{what}: {a} and {b} were not tested on the same pictures: {k} is {" and ".join(map(str, on))}')
+        check(len(on) <= 1, f'{what}: {a} and {b} were not tested on the same pictures: {k} is {" and ".join(map(str, on))}; make these runs again with the same settings')
     se = [np.sqrt(((g.high - g.low)**2).mean())/2/norm.ppf(.975) for g in (ours, theirs)]
     return ours.value - theirs.value, math.hypot(*np.nan_to_num(se))
 
@@ -318,7 +318,7 @@ def like(r:Results, a:str, b:str)->str: # objectives -> variant
     early = {v: abs(x - ends[b, '']) for (o, v), x in ends.items() if o == a and re.fullmatch(r'samples=\d+( warmup=\S+)?', v)} if (b, '') in ends else {}
     check(early, f'there are no short runs of {a} to compare with {b}')
     nearest = min(early, key=early.get)
-    check(early[nearest] <= NEAR, f'by accuracy no short run of {a} is within {NEAR:g} points of {b}: the nearest, with {nearest}, is {early[nearest]:.1f} away')
+    check(early[nearest] <= NEAR, f'by accuracy no short run of {a} is within {NEAR:g} points of {b}: the nearest, with {nearest}, is {early[nearest]:.1f} away; train one for more or fewer samples')
     return nearest
 
 def matched(r:Results, matching:str, a:str, b:str)->dict: # objectives -> {objective: variant}; those left out are as the preset has them
