@@ -402,6 +402,7 @@ def show_similarities(result:dict, readout:str=EMBEDDINGS[0]):
     ax.set(xlabel='mean cosine similarity')
     ax.legend(loc='upper left', bbox_to_anchor=(1, 1))
 
+# %% ../nbs/04_analysis.ipynb #f9b43a52
 LEAST = 10  # pairs behind a share that is shown
 
 def show_shared(result:dict):
@@ -435,6 +436,7 @@ def show_gallery(run:AnalysisRun, result:dict, n:int=6, size:int=96):
         for ax in axes.flat: ax.set_axis_off()
         half.suptitle(f'alike for {result["disagreement"][side]["alike_for"]}, unlike for the other (similarity of {names[0]}, {names[1]})', size=9)
 
+# %% ../nbs/04_analysis.ipynb #29938530
 def show_cka(result:dict):
     "CKA of every layer of the first encoder with every layer of the others"
     pairs = [p for p in result['structure']['cka'] if p['first'] == names_in(result)[0]]

@@ -233,6 +233,7 @@ class Plan:
         self.add('analysis', map(trained, encoders), encoders=','.join(encoders),
                  **({} if study == 'main' else dict(name=f'analysis-{study}-{self.grid.preset}-s{seed}')))
 
+# %% ../nbs/07_grid.ipynb #021a00f7
 def trained(encoder:str)->str: return encoder.removeprefix('random:')
 
 def jobs(grid:Grid)->list:
@@ -260,6 +261,7 @@ def older(jobs:list, states:dict)->list: # names
     ended = {j.name for j in jobs if states[j.name] == 'complete' and j.kind != 'lm'}
     return [j.name for j in jobs if j.name in ended and any(at(n) > at(j.name) for n in j.needs if n in ended)]
 
+# %% ../nbs/07_grid.ipynb #5db7007d
 def events()->list:
     "All that was noted of runs, but for lines that a full disk or a killed process left unfinished"
     rows = []
@@ -291,6 +293,7 @@ def measured()->pd.DataFrame:
     parts = [collect(), *([pd.read_csv(table, keep_default_na=False)] if table.exists() else [])]
     return pd.concat([p for p in parts if len(p)] or parts, ignore_index=True)
 
+# %% ../nbs/07_grid.ipynb #8f9d5464
 def speeds(threads:int=1, known:pd.DataFrame|None=None)->dict: # of `measured` -> (kind, preset, what) -> of runs: their amount, seconds for one unit, and the device that they are of
     "From this device where it is known, best with as many threads"
     known, out = measured() if known is None else known, {}

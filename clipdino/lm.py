@@ -169,6 +169,7 @@ def train_small(run:SmallLM, tokenizer, device='cpu', folder:Path|None=None, eve
         if folder and step % every == 0 and step < steps: save_state(folder, model.model, Both(*opts), step)
     return model.eval()
 
+# %% ../nbs/05_lm.ipynb #bdc56625
 def settings(preset:str='mini', size:str='')->SmallLM: # wide: twice as wide
     "The settings of the small language model"
     one_of('preset', preset, ('smoke', 'mini', 'small', 'paper'))

@@ -179,6 +179,7 @@ def validate(run:Pretrain):
     check(not run.tracker or find_spec(run.tracker) is not None,
           f'tracker={run.tracker} needs the package of that name: pip install {run.tracker}')
 
+# %% ../nbs/02_pretrain.ipynb #753412a7
 def launched()->bool: # by torchrun, or by accelerate
     return 'LOCAL_RANK' in os.environ or 'ACCELERATE_MIXED_PRECISION' in os.environ
 
@@ -323,6 +324,7 @@ def _objective(run:Pretrain)->nn.Module:
         if run.objective == 'hybrid': return Hybrid(encoder, text, run.dim, run.clip_weight, run.dino_weight, **dino)
         return Contrastive(encoder, text, run.dim, sigmoid=run.objective == 'siglip')
 
+# %% ../nbs/02_pretrain.ipynb #35976c54
 def one_view(run:Pretrain)->list:
     "What CLIP sees"
     return clip_views(run.image_size, (run.crop_min, 1.))
@@ -524,6 +526,7 @@ def agree(acc:Accelerator, **seen): # what this process found, by name
         check(len({s[k] for s in every}) == 1,
               f'processes found different {k}: {", ".join(map(str, dict.fromkeys(s[k] for s in every)))}; give all machines the same data, and runs/ on a file system that they share')
 
+# %% ../nbs/02_pretrain.ipynb #c85e8cbe
 class Parts:
     "What a run is made of: source, objective, optimiser, state, lists of metrics and bad samples"
     def __init__(self, run:Pretrain, folder:Path, acc:Accelerator|None=None, source=None): # source: other pictures and captions than `run.data`
@@ -712,6 +715,7 @@ def samples_at_cost_of(run:Pretrain, other:str='clip')->int:
     ours, theirs = (cost(settings(run.preset, o))['gflop'] for o in (run.objective, other))
     return int(run.samples*min(theirs/ours, 1))//run.batch*run.batch
 
+# %% ../nbs/02_pretrain.ipynb #9b2e9e11
 class Blank:
     "A source of noise, for timing; every batch is the same"
     fingerprint = 'blank'
@@ -844,6 +848,7 @@ def finish(t:Trainer, scores:dict, seconds:float)->dict: # last accuracies of th
     for old in folder.glob('state-*.safetensors'): old.unlink()
     return result
 
+# %% ../nbs/02_pretrain.ipynb #5cf14a62
 def complete(folder:Path, run:Pretrain)->dict|None:
     "The result of a run that is complete"
     if not (folder/'result.json').exists(): return None

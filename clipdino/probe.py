@@ -104,6 +104,7 @@ def patch_tokens(encoder:Encoder, x, layer:int)->torch.Tensor: # (B, N, D)
     (_, patches), = encoder.tokens(x, (layer,))
     return patches
 
+# %% ../nbs/03_probe.ipynb #5f335b69
 class Read:
     "Batches of a set of pictures, each as it is or as the exception that it raised, into which a loader would put its trace"
     def __init__(self, source, ids:list, size:int): self.source, self.ids, self.size = source, ids, size
@@ -203,6 +204,7 @@ def world_tasks(encoder:Encoder, run:ProbeRun):
             first = FAMILY_OF.index(f)
             yield Task(f'{WITHIN}{family}', tuple(members), x[a], y[a] - first, x_test[b], y_test[b] - first, test, b)
 
+# %% ../nbs/03_probe.ipynb #15728501
 # begins the names of tasks that are pooled; what they make together; the world's dense task
 WITHIN, POOLED, MAPS = 'within ', 'within families', 'maps of world'
 
@@ -356,6 +358,7 @@ def probe_all(encoder:Encoder, run:ProbeRun, data:list)->tuple: # of `open_sets`
         say(f'{name}: mean IoU {results[name]["miou"]:.3f}, of a constant {results[name]["constant"]:.3f}')
     return results, right, maps
 
+# %% ../nbs/03_probe.ipynb #d5a4b3d6
 def save_arrays(path:Path, arrays:dict):
     with whole(path) as tmp, open(tmp, 'wb') as f: np.savez_compressed(f, **arrays)
 
@@ -437,6 +440,7 @@ def show_grid(result:dict, task:str):
     ax.set(xlabel='L2 strength', ylabel='', title=f'{task}: accuracy on held-out training pictures, %')
     ax.set_yticklabels(ax.get_yticklabels(), rotation=0)
 
+# %% ../nbs/03_probe.ipynb #06b1f419
 def show_maps(folder:Path, task:str):
     "Pictures of a dense task, and the classes of their pixels: true and predicted"
     r = read_json(folder/'result.json')['tasks'][task]

@@ -116,6 +116,7 @@ def logistic(x, y, w, l2, n:int): # blocks or tensor (>= n, d); labels; (S, d + 
     grad[:, :-1] += l2[:, None, None]*w[:, :-1]
     return loss/n + l2/2*w[:, :-1].square().sum((1, 2)), grad
 
+# %% ../nbs/01_readouts.ipynb #0c710b00
 def direction(g, pairs, h): # (S, P), [(s, y)] old to new, (S, P) diagonal
     "The two-loop recursion of L-BFGS for S problems at once"
     def dot(a, b): return (a*b).sum(1, keepdim=True)
@@ -154,6 +155,7 @@ def minimise(f, w, h, tol:float, steps:int, memory:int=8): # f: (S, P), indices 
         pairs = [*pairs[-memory + 1:], (s, y, torch.where(sy > 1e-12, 1/sy, 0.))]
     return w, count
 
+# %% ../nbs/01_readouts.ipynb #0ff1238f
 def fit(x:Blocks, y:torch.Tensor, classes:int, l2, # strengths
         tol:float=1e-4, steps:int=200)->torch.Tensor: # (S, width + 1, K) in the basis of `x`
     "Probes of all strengths: on an eighth of the rows in random order if these are many, then on all"

@@ -86,6 +86,7 @@ def finished(folder:Path)->bool: return (folder/'result.json').exists() and (fol
 
 def tables_dir()->Path: return root()/'nbs'/'results'/'study'
 
+# %% ../nbs/07_study.ipynb #dd2cb8b5
 def collect(preset:str, runs:Path|None=None, to:Path|None=None)->Path: # runs/, and where the tables are, unless others are given
     "Gather all finished runs of a preset into the tables; rows of runs that are elsewhere stay"
     check(to or preset != 'smoke', 'results of the preset smoke are for tests, and are not gathered into the tables of the study')
@@ -145,6 +146,7 @@ def patches_of(folders, layer:int)->pd.DataFrame: # finished pre-trainings
     return pd.DataFrame([dict(run=run, encoder=kind + run, i=i, width=c.shape[1], colours=np.uint8(255*c + .5).tobytes().hex())
                          for run, kind, d in encoders for i, c in enumerate(analysis.patch_colours(load_encoder(f'{kind}{d}'), images, layer))])
 
+# %% ../nbs/07_study.ipynb #fb4bc3b9
 # columns that might be read as numbers: digests among them
 TEXTS = 'run', 'variant', 'colours', 'commit', 'settings', 'data', 'weights', 'encoder_weights', 'saved', 'fingerprint', 'test', 'letter', 'likely', 'calibrated'
 
@@ -332,6 +334,7 @@ def matched(r:Results, matching:str, a:str, b:str)->dict: # objectives -> {objec
     runs = {o: pretrain.settings(r.preset, o) for o in (a, b) if o not in ('clip', 'untrained')} if matching == 'compute' else {}
     return {o: f'samples={n}' for o, run in runs.items() if (n := pretrain.samples_at_cost_of(run)) < run.samples}
 
+# %% ../nbs/07_study.ipynb #ec00ccea
 # of VLMs' training, other than the preset's: setting, and how many times the preset's, as in the grid's studies
 LENGTHS = {'shorter stage 1': ('stage1_samples', 1/8), 'longer stage 2': ('stage2_samples', 4)}
 
@@ -346,6 +349,7 @@ def of_length(r:Results, length:str)->str: # one of `LENGTHS`; empty for the pre
     check(variant in set(r.answers.variant), f'there are no VLMs with a {length}, {variant}: the study {setting.removesuffix("_samples")} has them')
     return variant
 
+# %% ../nbs/07_study.ipynb #84209c7f
 def of_main(t:pd.DataFrame, variants:dict={}, **where)->pd.DataFrame: # {objective: variant}
     "Rows of runs as the preset has them, or of an objective's variant and of the seeds that it has"
     for k, v in where.items(): t = t[t[k] == v]
@@ -371,6 +375,7 @@ def real_or(r:Results, sets:tuple, world:str): # -> names of tasks
     "Those of some labelled sets that encoders were probed on, or else a task of the world"
     return [s for s in sets if s in set(r.probe.task)] or world
 
+# %% ../nbs/07_study.ipynb #0a8ef63b
 def answered(r:Results, members, a:str, b:str, protocol:str='calibrated', aggregation:str='twenty', matching:str='samples', length:str='', variants:dict={}, seeds=None)->Effect: # data sets; one of `LENGTHS`, or the preset's; of `matched`; None for all seeds
     "Difference of two objectives' VLMs on some of the twenty tasks"
     d = differences(r, a, b, protocol, variants or variants_of_vlms(r, a, b, matching, length), seeds)
@@ -433,6 +438,7 @@ def claim(id:str, says:str, paper:str, sign:int, learned:tuple=(), presumes=None
         return f
     return keep
 
+# %% ../nbs/07_study.ipynb #7f7673a0
 @claim('1', 'CLIP and DINO classify equally well', '65.8 and 66.4 % of ImageNet', 0, ('clip', 'dino'))
 def classification(r, a='clip', b='dino', how='linear', matching='samples')->Effect:
     "Linear probe of ImageNet, or of object classes (the paper, Table 1)"
@@ -443,6 +449,7 @@ def fine_grained(r, a='clip', b='dino', how='linear', matching='samples')->Effec
     "Linear probes of cars and birds, or of classes within families (the paper, Table 1)"
     return probed(r, real_or(r, ('cars', 'cub'), 'within families'), a, b, how, matching)
 
+# %% ../nbs/07_study.ipynb #8c671257
 @claim('3o', 'CLIP follows objects and words', 'pairs, by inspection', 1)
 def semantics(r, a='clip', b='dino', matching='samples', readout='class token')->Effect:
     "How far an embedding moves when the object or the word of a scene changes, by the distance of unrelated scenes (the paper, section 3)"
@@ -479,6 +486,7 @@ def symbols(r, a='clip', b='dino', matching='samples', readout='class token')->E
     t = analysed(r, 'similarity', a, b, matching, readout)
     return effect(*by_seed(t[t.row == 'symbol'], a, b, f'similarity of symbols, {readout}'), 'cosine')
 
+# %% ../nbs/07_study.ipynb #27fcae51
 @claim('5', 'CLIP is better at questions about text', '47.5 and 40.0 %', 1, ('clip',))
 def text_questions(r, a='clip', b='dino', protocol='calibrated', aggregation='twenty', matching='samples', length='')->Effect:
     "OCR group (the paper, section 4)"
@@ -494,6 +502,7 @@ def vision_questions(r, a='clip', b='dino', protocol='calibrated', aggregation='
     "The vision-centric tasks (the paper, abstract)"
     return answered(r, VISION, a, b, protocol, aggregation, matching, length)
 
+# %% ../nbs/07_study.ipynb #9327f369
 @claim('7s', 'A sigmoid loss gains little', '41.4 to 40.8 or 40.5 %', 0, ('siglip', 'clip'))
 def sigmoid(r, a='siglip', b='clip', protocol='calibrated', aggregation='twenty')->Effect:
     "All twenty tasks (the paper, Table 2)"
@@ -504,6 +513,7 @@ def text_encoder(r, a='clip-lm', b='clip', protocol='calibrated', aggregation='t
     "All twenty tasks (the paper, Table 2)"
     return answered(r, CATEGORIES, a, b, protocol, aggregation)
 
+# %% ../nbs/07_study.ipynb #478f6a9f
 def language_models(r, a, b, protocol, aggregation)->np.ndarray: # of `of_vlms`: (seeds, 2, 2, n): language models and objectives
     "Answers with two language models, first those with the better one, with which more general questions are answered"
     other = [v for v in dict.fromkeys(r.answers.variant[r.answers.objective == a]) if re.fullmatch(r'llm=\S+( template=\S*)?', v)

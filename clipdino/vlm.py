@@ -340,6 +340,7 @@ def text_logits(model:nn.Module)->torch.Tensor:
     "What a language model, or a VLM, makes of a few tokens"
     return model.eval()(input_ids=torch.arange(8)[None]).logits
 
+# %% ../nbs/05_vlm.ipynb #01999d90
 def make_vlm(run:VLMRun, e:Encoder, llm:nn.Module, tokenizer)->LlavaForConditionalGeneration:
     "LLaVA of these parts, with a new connector"
     tower, k = tower_of(e, run.layer), picture_tokens(run, e)
@@ -730,6 +731,7 @@ def finish(p:Parts, stages:list, begun:float)->dict:
     for k in (1, 2): shutil.rmtree(p.folder/f'stage{k}', ignore_errors=True)
     return result
 
+# %% ../nbs/05_vlm.ipynb #f6203edd
 def stages_of(p:Parts)->tuple: # -> first, and second if it has begun
     "The stages as far as a run has come"
     first, second = Stage(p, 1), any((p.folder/'stage2').glob('state-*')) and Stage(p, 2)

@@ -196,6 +196,7 @@ def inputs(vlm:VLM, questions:Questions, ids:list, blind:bool=False, room:int=0)
           f'a question among {[questions.rows[i]["index"] for i in ids[:3]]}... needs {longest} tokens with its answer, and {vlm.name} takes {most}')
     return x
 
+# %% ../nbs/06_vmcbench.ipynb #65160c86
 class First(LogitsProcessor):
     "Keeps the scores of the first new token, and changes none"
     scores = None
@@ -453,6 +454,7 @@ def show_letters(result:dict):
     "How often each letter is right and is taken, in per cent"
     return (100*pd.DataFrame(result['score']['letters']).T).rename(index=LABELS | dict(right='right answers', probability='mean probability')).style.set_uuid('l').format(precision=1)
 
+# %% ../nbs/06_vmcbench.ipynb #0d9564c8
 def disagreements(ours:list, theirs:list, protocol:str, k:int)->list: # predictions -> pairs of rows
     "Questions on which one of two runs is right, from as many data sets as there are, the sides in turn"
     a, b = successes(ours, protocol), successes(theirs, protocol)
@@ -533,6 +535,7 @@ def gap(runs:pd.DataFrame, questions:Questions, a:str='clip', b:str='dino', prot
     return aggregate(right(ours, questions, protocol) - right(theirs, questions, protocol), [r['category'] for r in questions.rows],
                      between=(-1., 1.))
 
+# %% ../nbs/06_vmcbench.ipynb #c2cc0cbb
 def named(questions:str, c:str)->str: # name of a set of questions, data set
     "A data set, and what its twin in the world asks for"
     return f'{c}: {TASKS[c].factor}' if questions.startswith('worldvqa') and c in TASKS else short(c)
@@ -572,6 +575,7 @@ def show_gap(differences:dict, questions:str, label:str, aggregation:str='sets')
         ax.axvline(0, color='grey', lw=1)
         ax.set(title=title, xlabel=f'{label}, points')
 
+# %% ../nbs/06_vmcbench.ipynb #a3721979
 def main(args=None):
     "`python -m clipdino.vmcbench --vlm ...`"
     def go(**given):

@@ -455,6 +455,7 @@ def in_processes(jobs:list): # arguments of `fill_rows`
     finally:
         for p in running: p.kill()
 
+# %% ../nbs/00_world.ipynb #c47608cc
 class World:
     "`n` pictures of a split: memory-mapped images, captions and labels; a source for the training loader"
     def __init__(self, split:str='train', n:int=65536, size:int=48, seed:int=0, captions:str='web', kinds:str='mixed', workers:int|None=None):
