@@ -102,7 +102,7 @@ def ratio(top, bottom, draws:int=2000, seed:int=0)->tuple: # (n,), (n,) -> value
 EMBEDDINGS = 'class token', 'mean patch', 'standardised'  # the paper's first
 
 def embedder(encoder:Encoder, run:AnalysisRun): # -> function of uint8 (n, S, S, 3) -> {readout: (n, D) unit length}
-    "Embeds pictures by every readout; dimensions that ordinary pictures do not differ in are left out of the standardised one"
+    "Embeds pictures by every readout; the standardised one leaves out dimensions that do not vary over ordinary pictures"
     x = class_tokens(encoder, Pictures('mixed', 'test', run.scenes, run.canvas).world.images[:], run.layer, run.batch)
     mean, sd = x.mean(0), x.std(0)
     sd = torch.where(sd > 1e-6*sd.max(), sd, math.inf)
@@ -221,7 +221,7 @@ def class_gap(z:torch.Tensor, y:np.ndarray)->dict: # (n, D) unit length, (n,)
     return dict(within=within, between=between, gap=within - between)
 
 def alignment(encoder:Encoder, images, run:AnalysisRun)->float: # uint8 (n, S, S, 3)
-    "Mean squared distance of two crops of each picture"
+    "Mean squared distance between two crops of each picture"
     crop, n, total = View(encoder.size, (.4, 1.), flip=.5), len(images), 0.
     for a in range(0, n, run.batch):
         x = torch.from_numpy(np.array(images[a:a + run.batch])).to(encoder.device)
@@ -406,7 +406,7 @@ def show_similarities(result:dict, readout:str=EMBEDDINGS[0]):
 LEAST = 10  # pairs behind a share that is shown
 
 def show_shared(result:dict):
-    "What the pictures of the pairs share, beside what any two would"
+    "What the two pictures of a pair share, compared with any two pictures"
     d = result['disagreement']
     first, second = ({r['factor'] for r in d[s]['shared'] if r['pairs'] >= LEAST} for s in ('first', 'second'))
     order = [r['factor'] for r in d['first']['shared'] if r['factor'] in first & second]

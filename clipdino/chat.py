@@ -28,7 +28,7 @@ from .world import World
 
 # %% ../nbs/05_chat.ipynb #0e0c1981
 class Chats:
-    "Conversations about pictures; a source of its own gives `turns`, `picture_id`, and a length"
+    "Conversations about pictures; a subclass defines `turns`, `picture_id` and a length"
     missing = Counter()  # reason -> rows that are left out
     def __init__(self, name:str, fingerprint:str, pictures): # pictures: name, fingerprint, length, and batch(ids, size) -> (B, size, size, 3) uint8
         self.name, self.fingerprint, self.pictures = name, fingerprint, pictures
@@ -45,7 +45,7 @@ WORDINGS = ('Describe the picture in a few words.', 'What does this picture show
 _WORDING, _FORM, _ORDER, _WITHIN = 21, 22, 23, 24  # keep these hashes apart from others of the same keys
 
 class WorldSquares:
-    "The training pictures of the world, whatever is said of them, made into squares of the encoder's size as all pictures of a VLM are"
+    "The training pictures of the world, whatever their captions, made into squares of the encoder's size like all pictures of a VLM"
     def __init__(self, n:int, canvas:int, seed:int=0):
         world = World('train', n, canvas, seed)
         self.images, self.name, self.fingerprint = world.images, 'world', digest('squares', world.fingerprint)
@@ -136,7 +136,7 @@ def read_rows(path:Path)->tuple: # -> digest, (n, 3) int64 first byte, bytes and
 
 # %% ../nbs/05_chat.ipynb #73922a80
 def stamps(folder:str, names:list)->list: # size and time of each file, None for those that are missing or empty
-    "Looks at many files at once: on a network each look takes its time"
+    "Looks up many files at once, as each look-up is slow on a network file system"
     def look(part):
         out = []
         for n in part:
@@ -259,7 +259,7 @@ _DAY = dict(A='Friday', a='Fri', B='July', b='Jul', d='26', m='07', Y='2024', y=
 _DATED = "{% set date_string = '26 Jul 2024' %}{% macro strftime_now(format) %}{{ format" + ''.join(f".replace('%{k}', '{v}')" for k, v in _DAY.items()) + ' }}{% endmacro +%}'
 
 def own_template(x)->str: # a tokenizer or a processor
-    "Its chat template, for which it is always the same day; empty if it has none"
+    "Its chat template, with a fixed date; empty if it has none"
     own = getattr(x, 'chat_template', None) or ''
     if isinstance(own, dict): own = own.get('default', '')
     return _DATED*(_DATED not in own and ('date_string' in own or 'strftime_now' in own)) + own
@@ -340,7 +340,7 @@ class Form:
         return out
 
     def begins(self, answers)->list: # texts that may be answers
-        "The token that each would begin with behind a prompt; refused unless they differ"
+        "The first token of each answer after a prompt; refused unless they all differ"
         (ask, _), *said = self([([('?', a)], False) for a in (None, *answers)])
         first = [int(s[0][len(ask)]) for s in said]
         check(len(set(first)) == len(first), f'the tokenizer begins some of {", ".join(answers)} with one and the same token')
@@ -479,7 +479,7 @@ class Batches:
         return dealt[:, rank]
 
     def padded(self, ids:np.ndarray)->int:
-        "Length to which conversations are padded that are together"
+        "Length to which the conversations of one batch are padded"
         return min(-(-int(self.lengths[ids].max())//self.multiple)*self.multiple, self.context)
 
     def one(self, i:int)->tuple: # -> (N,) ids, (N,) bool whether they carry loss

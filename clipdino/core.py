@@ -34,7 +34,7 @@ def check(ok:bool, message:str):
     if not ok: raise SettingsError(message)
 
 def listed(text:str)->list:
-    "The parts of `text` between commas outside of braces, without those that are empty"
+    "The non-empty parts of `text` between commas outside of braces"
     return [p for p in map(str.strip, re.split(r',(?![^{]*\})', text)) if p]
 
 def one_of(name:str, value, allowed):
@@ -42,12 +42,12 @@ def one_of(name:str, value, allowed):
     check(value in allowed, f'{name}={value!r} is not one of {", ".join(map(str, allowed))}')
 
 def at_least(run, **least):
-    "Check settings against the least that they may be"
+    "Check settings against their minimum values"
     for f, low in least.items(): check(getattr(run, f) >= low, f'{f}={getattr(run, f)} must be at least {low}')
 
 # %% ../nbs/00_core.ipynb #e5da8d37
 def lossless(kind:type, v):
-    "`v` as `kind` if that says the same: papermill takes 1e5 for a float and true for text"
+    "`v` as `kind` if nothing is lost: papermill takes 1e5 for a float and true for text"
     if kind is float and type(v) is int or kind is int and type(v) is float and v.is_integer(): return kind(v)
     return {'true': True, 'false': False}.get(v, v) if kind is bool and type(v) is str else v
 
@@ -78,7 +78,7 @@ class Settings:
     @classmethod
     def make(cls, presets:dict, # preset name -> {setting: value}
              preset:str='mini', **given): # overrides; None means the preset's own value
-        "The settings of `preset` with those in `given` put over them"
+        "The settings of `preset`, overridden by those in `given`"
         load_plugins()
         one_of('preset', preset, presets)
         names = [f.name for f in fields(cls)]
@@ -89,7 +89,7 @@ class Settings:
         return cls(**given)
 
     def brief(self, base:'Settings', *also:str)->dict: # settings to compare with; names of some to be there anyway
-        "The settings named in `also`, and those that are not as in `base`"
+        "The settings named in `also`, and those that differ from `base`"
         changed = [f.name for f in fields(self) if getattr(self, f.name) != getattr(base, f.name)]
         return {k: getattr(self, k) for k in dict.fromkeys((*also, *changed))}
 
@@ -110,7 +110,7 @@ MENDS = {'make room and give the same command again': (errno.ENOSPC, errno.EDQUO
 
 @contextmanager
 def writing(path:Path):
-    "Says which path can't be written and why, instead of what the writer says"
+    "Reports which path can't be written and why, instead of the writer's own error"
     try: yield
     except Exception as e:  # safetensors has its own kind
         m = re.search(r'os error (\d+)', str(e))
@@ -121,7 +121,7 @@ def writing(path:Path):
         raise CannotWrite(f'{path} can not be written: {os.strerror(code)}. Nothing was lost; {mend}') from None
 
 def sync(path:Path):
-    "Have a file or folder on the disk before going on"
+    "Flush a file or folder to disk before going on"
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
     finally: os.close(fd)
@@ -168,7 +168,7 @@ def alone(folder:Path):
 
 @contextmanager
 def locked(path:Path):
-    "Keeps other processes out while a file or folder of the cache is made; what one that was killed left of it goes away"
+    "Keeps other processes out while a cache file or folder is made; removes what a killed process left of it"
     lock = FileLock(f'{path}.lock')
     with writing(path):
         path.parent.mkdir(exist_ok=True)
@@ -187,7 +187,7 @@ def cache_dir()->Path:
 # %% ../nbs/00_core.ipynb #dc1f388c
 @contextmanager
 def whole(path:Path): # the file to appear
-    "Yields a temporary path beside `path`, which takes its place when the block ends well and vanishes when it does not"
+    "Yields a temporary path beside `path`; it replaces `path` if the block succeeds and is removed otherwise"
     path = Path(path)
     tmp = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.tmp')  # processes of several machines may have one number
     try:
@@ -218,7 +218,7 @@ class Metrics:
     def rows(self)->list: return self.read(self.path)
     @staticmethod
     def read(path:Path)->list:
-        "All rows of a file; an unfinished last line is no row"
+        "All rows of a file; an unfinished last line is ignored"
         if not Path(path).exists(): return []
         return [json.loads(l) for l in Path(path).read_text().splitlines(keepends=True) if l.endswith('\n')]
     def add(self, **row):
@@ -229,7 +229,7 @@ class Metrics:
 PACKAGES = 'torch', 'torchvision', 'timm', 'open_clip_torch', 'transformers', 'accelerate', 'numpy', 'pillow', 'matplotlib'
 
 def commit()->str:
-    "Git commit of the code that runs, with `+` if files differ from it; empty where git does not keep it"
+    "Git commit of the code that runs, with `+` if files differ from it; empty if the code is not under git"
     here = Path(__file__) if '__file__' in globals() else root()/'settings.ini'
     def git(*a): return subprocess.run(['git', *a], cwd=here.parent, capture_output=True, text=True).stdout.strip()
     try:
@@ -253,7 +253,7 @@ _GAMMA, _M1, _M2 = map(_i64, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB
 def _shr(x, n): return (x >> n) & ((1 << (64 - n)) - 1)  # logical shift of a signed tensor
 
 def mix(*keys)->torch.Tensor: # ints, or int64 tensors that broadcast together
-    "A 64-bit hash of `keys`, as int64 tensor"
+    "A 64-bit hash of `keys`, as an int64 tensor"
     h = torch.zeros((), dtype=torch.int64)
     for k in keys:
         k = torch.as_tensor(k, dtype=torch.int64)
@@ -274,7 +274,7 @@ def generator(*keys:int)->torch.Generator:
 
 @contextmanager
 def seeded(*keys:int):
-    "What is drawn inside from torch's random stream belongs to `keys`; the stream is afterwards where it was"
+    "Seeds torch's random stream by `keys` within the block; afterwards the stream is where it was before"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(*keys).initial_seed())
         yield
@@ -303,7 +303,7 @@ def terminal():
     return fd if fd is not None and 'JPY_SESSION_NAME' not in os.environ and os.isatty(fd) else None
 
 class Progress:
-    "Prints a line, with the time left, when `every` of the work is done, or a hundredth of it after five minutes"
+    "Prints a line, with the time left, after each fraction `every` of the work, or after a hundredth if the last line is five minutes old"
     def __init__(self, total:int, start:int=0, every:float=1/8):
         self.total, self.start, self.every, self.last, self.t0 = total, start, every, start - total, time.time()
         self.told = self.t0
@@ -325,7 +325,7 @@ def say(line:str):
     if (fd := terminal()) is not None: os.write(fd, f'\r\x1b[K{line}\n'.encode())
 
 def prefetch(items):
-    "Yields them, each made in a thread while the one before it is used"
+    "Yields `items`, each made in a thread while the one before it is used"
     items, end = iter(items), object()
     with ThreadPoolExecutor(1) as ex:
         waiting = ex.submit(next, items, end)
@@ -341,7 +341,7 @@ def digest(*parts)->str:
     return h.hexdigest()[:12]
 
 def stamp(folder:Path|None=None)->str: # of result files; none: the study's
-    "A digest of result files; pages print the one that they were made from, so that a stale page is noticed"
+    "A digest of result files; pages print that of the files they were made from, so that a stale page is noticed"
     files = sorted(Path(folder or results_dir()/'study').glob('*.csv'))
     return digest([p.name for p in files], *(p.read_bytes() for p in files))
 

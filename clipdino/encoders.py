@@ -55,7 +55,7 @@ def keys_in(text:str, what:str)->list:
 
 @contextmanager
 def reading(where:str):
-    "What goes wrong in reading a checkpoint, in one sentence; libraries keep quiet meanwhile"
+    "Reports what goes wrong in reading a checkpoint, in one sentence; libraries are silenced meanwhile"
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try: yield
@@ -132,7 +132,7 @@ class Encoder(nn.Module):
 
     @torch.inference_mode()
     def attention(self, x)->torch.Tensor: # (B, heads, N)
-        "What the class token attends to in the last block: its weights on the patches, which sum to 1 with those on the tokens before them"
+        "What the class token attends to in the last block: its weights on the patches, which sum to 1 together with those on the prefix tokens"
         check(self.classed, f'{self.name} reads its feature from no class token, so there is no attention of one')
         modules, heads = self.queries_keys()
         q, k = heads(*self.watch(x, modules)[1])
@@ -185,7 +185,7 @@ class TimmEncoder(Encoder):
         return (a.q_norm, a.k_norm), lambda q, k: (q, k)
 
 def open_timm(name:str, pretrained:bool=True)->Encoder:
-    "A timm model by its name, or random weights in its shape"
+    "A timm model by name, pre-trained or with random weights"
     with reading(f'timm\'s {name}'), seeded(0, 2):
         return TimmEncoder(name, timm.create_model(name, pretrained=pretrained, num_classes=0))  # as `make_encoder` of seed 0
 
@@ -283,7 +283,7 @@ class HFEncoder(Encoder):
 
 # %% ../nbs/03_encoders.ipynb #dca3750e
 def hf_file(source:str, name:str)->str|None:
-    "Path of one of its files; None if there is no such"
+    "Path of a file of `source`; None if there is none"
     return cached_file(source, name, _raise_exceptions_for_missing_entries=False)  # no network is another matter, and raises
 
 def hf_pixels(source:str, config)->tuple: # -> size, mean, std
@@ -377,7 +377,7 @@ def open_open_clip(name:str)->Encoder: # MODEL, MODEL/TAG, MODEL/FILE, hf-hub:OR
 
 # %% ../nbs/03_encoders.ipynb #799efde9
 def to_open_clip(run:str, folder)->Path: # a finished run, by name or path; the folder, which is made
-    "Write both towers, tokenizer and the way pictures are prepared, as open_clip opens them by `local-dir:`"
+    "Write both towers, tokenizer and preprocessing in the format that open_clip opens by `local-dir:`"
     source, folder = folder_of(run), Path(folder).expanduser()
     check(source is not None and (source/'objective.safetensors').exists() and (source/'result.json').exists(),
           f'{run} is no finished pre-training run')
@@ -443,7 +443,7 @@ FORMS = ('a run of ours or another folder of timm\'s (path, or name under runs/)
 SCHEMES = dict(random=open_random, hf=open_hf, open_clip=open_open_clip)
 
 def load_encoder(name:str, device='cpu')->Encoder: # one of `FORMS`
-    "The encoder of that name; torch's random stream is where it was"
+    "The encoder of that name; leaves torch's random stream unchanged"
     load_plugins()  # which may register models with timm
     scheme, _, rest = name.partition(':')
     with torch.random.fork_rng(devices=[]):

@@ -274,7 +274,7 @@ def what(job:Job)->str: # besides kind and preset, how long it takes depends on 
     return job.parameters.get('objective') or job.parameters.get('size') or getattr(job.run, 'llm', '')
 
 def collect(rows:list|None=None)->pd.DataFrame: # of `events`; None: those of this folder
-    "How long runs took that went through in one go"
+    "How long uninterrupted runs took"
     same = ['kind', 'preset', 'what', 'amount', 'threads', 'device']
     t = pd.DataFrame([r for r in (events() if rows is None else rows) if r['event'] == 'done' and r['before'] == 'new'],
                      columns=[*same, 'seconds'])
@@ -295,7 +295,7 @@ def measured()->pd.DataFrame:
 
 # %% ../nbs/07_grid.ipynb #8f9d5464
 def speeds(threads:int=1, known:pd.DataFrame|None=None)->dict: # of `measured` -> (kind, preset, what) -> of runs: their amount, seconds for one unit, and the device that they are of
-    "From this device where it is known, best with as many threads"
+    "From this device if known, preferably with the same number of threads"
     known, out = measured() if known is None else known, {}
     for key, t in known.groupby(['kind', 'preset', 'what']):
         fit = 2*(t.device == device()) + (t.threads == threads)
@@ -305,7 +305,7 @@ def speeds(threads:int=1, known:pd.DataFrame|None=None)->dict: # of `measured` -
     return out
 
 def expected(jobs:list, speeds:dict)->dict: # name -> seconds, and the device that they are of
-    "What runs take at the speed of others of their kind, objective and preset, of those nearest in length; those of which nothing is known are left out"
+    "How long runs take, at the speed of the run of their kind, objective and preset that is nearest in length; those of which nothing is known are left out"
     out = {}
     for j in jobs:
         known, amount = speeds.get((j.kind, j.parameters['preset'], what(j))), RUNS[j.kind].amount(j.run)

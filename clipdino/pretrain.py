@@ -204,7 +204,7 @@ LAUNCHED = dict(ACCELERATE_USE_FSDP='false', ACCELERATE_USE_DEEPSPEED='false', A
                 ACCELERATE_GRADIENT_ACCUMULATION_STEPS='1', ACCELERATE_DYNAMO_BACKEND='no')
 
 def check_launch():
-    "Refuse a launch that would split weights, divide gradients or compile: a run's settings say how it is made"
+    "Refuse a launch that would shard weights, accumulate gradients or compile: that is for a run's settings to say"
     odd = [f'{k}={os.environ[k]}' for k, same in LAUNCHED.items() if os.environ.get(k, same).lower() != same]
     check(not odd, f'accelerate was launched with {", ".join(odd)}, which would change the run behind its settings: launch without, and give micro, compile or, for a VLM, shard as settings')
 
@@ -292,7 +292,7 @@ def make_objective(run:Pretrain)->nn.Module:
 
 @contextmanager
 def dtype_of(run:Pretrain):
-    "What is made inside is of the run's precision"
+    "Within the block, new tensors have the run's precision"
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if run.precision == 'fp64' else torch.float32)
     try: yield
@@ -436,7 +436,7 @@ def load_state(folder:Path, model, opt)->int:
 
 # %% ../nbs/02_pretrain.ipynb #e8a2e1d7
 def clip_gradients(params, limit:float, per:str)->torch.Tensor:
-    "Scale gradients down to a norm of at most `limit`, all together or each parameter alone; the norm of all before that"
+    "Scale gradients down to a norm of at most `limit`, all together or each parameter alone; returns the total norm before scaling"
     if per == 'model': return nn.utils.clip_grad_norm_(params, limit)
     norms = [nn.utils.clip_grad_norm_([p], limit) for p in params if p.grad is not None]
     return torch.stack(norms).square().sum().sqrt()
@@ -459,7 +459,7 @@ def check_kind(folder:Path, run:Settings):
     check(then == own, f'{folder.name} is a run of {then}, and not of {own}: give this one another name')
 
 def check_noted(folder:Path):
-    "Refuse a result of which nobody knows with what settings it was made"
+    "Refuse a result whose settings are not recorded"
     check((folder/'settings.json').exists() or not (folder/'result.json').exists(),
           f'{folder.name} has a result.json and no settings.json: delete the folder, or give this run another name')
 
@@ -510,7 +510,7 @@ def accelerator(run:Pretrain, folder:Path)->Accelerator:
     return acc
 
 def on_main(acc, f):
-    "What `f` returns on the main process, for all; what it raises there, all raise"
+    "Calls `f` on the main process; all processes return what it returns, or raise what it raises"
     out = [None, None]
     if acc.is_main_process:
         try: out[0] = f()
@@ -590,7 +590,7 @@ class Trainer(Parts):
         return out
 
     def settle(self, batch):
-        "A pass that is thrown away: after its first one, DDP arranges gradients anew for their sums, which three processes or more then take in another order; so no step of a run, begun or continued, may be that one"
+        "A discarded pass: after its first one, DDP regroups gradients, and three or more processes then sum them in another order; so no step of a run, new or continued, may be that pass"
         self.gradients(batch)
         self.opt.zero_grad()
         self.settled = True
@@ -651,7 +651,7 @@ def last_scores(rows)->dict:
     return next(({k: v for k, v in r.items() if k.endswith(('_linear', '_knn'))} for r in reversed(rows) if 'seconds' in r), {})
 
 class Watch:
-    "Says once what is wrong with a training, when it has been so for `rows` rows of the metrics in the part after `start`"
+    "Says once what is wrong with training, when it has been wrong for `rows` consecutive rows of the metrics, after the share `start` of the run"
     def __init__(self, objective, rows:int=5, start:float=.1):
         self.objective, self.rows, self.start, self.row, self.said = objective, rows, start, 0, []
     def __call__(self, values:dict, done:float, aloud:bool=True):
@@ -711,7 +711,7 @@ def cost(run:Pretrain)->dict:
 
 @cache
 def samples_at_cost_of(run:Pretrain, other:str='clip')->int:
-    "After how many samples, in full batches, a run has cost as much as a whole one of another objective, as the preset has both"
+    "The number of samples, in full batches, after which a run has cost as much as a complete run of another objective, both as in the preset"
     ours, theirs = (cost(settings(run.preset, o))['gflop'] for o in (run.objective, other))
     return int(run.samples*min(theirs/ours, 1))//run.batch*run.batch
 
@@ -751,7 +751,7 @@ def costs(preset:str, batch:int=0)->pd.DataFrame: # images in a step that is tim
     return pd.DataFrame(rows)
 
 def show_costs(t:pd.DataFrame): # from `costs`
-    "The same for people, in units that fit"
+    "The same, formatted for reading"
     def number(v): return f'{v:.2g}' if v < 1 else f'{v:.1f}' if v < 100 else f'{v:,.0f}'
     def span(h): return f'{3600*h:.2g} s' if h < 1/60 else f'{60*h:.0f} min' if h < 2 else f'{h:.0f} h' if h < 72 else f'{h/24:,.0f} days'
     names = {'gflop': 'GFLOP', 'state_gb': 'weights, GB', 'activations_mb': 'activations, MB', 'hours here': 'here'}
@@ -787,7 +787,7 @@ def open_encoder(folder:Path)->nn.Module:
 
 # %% ../nbs/02_pretrain.ipynb #ad47423f
 def ranks(queries, keys, batch:int=256)->torch.Tensor: # (n, D), (n, D) -> (n,)
-    "How many keys are more similar to each query than its own is; of those that are as similar, half"
+    "For each query, how many keys are more similar to it than its own; ties count half"
     out = []
     for i in range(0, len(queries), batch):
         s = queries[i:i + batch] @ keys.T

@@ -87,7 +87,7 @@ FEATURES = '1'  # version of what is written
 _USUAL = {repr(m) for m in (torch.nn.GELU(), torch.nn.Identity(), torch.nn.Dropout(0.))}  # in a ViT
 
 def functions(model)->list:
-    "What a network computes without weights, besides what is usual: two may differ in an activation alone"
+    "A network's modules without weights, except the usual ones: two networks may differ in an activation alone"
     return sorted({repr(m) for m in model.modules() if not list(m.children()) and not m.state_dict()} - _USUAL)
 
 def pooled(encoder:Encoder, x, layer:int)->torch.Tensor: # (B, 3, S, S) -> (B, 2, D)
@@ -97,7 +97,7 @@ def pooled(encoder:Encoder, x, layer:int)->torch.Tensor: # (B, 3, S, S) -> (B, 2
     return torch.stack([cls, mean], 1) if cls.shape == mean.shape else cls[:, None]  # some CNNs end in a wider feature
 
 def joint(encoder:Encoder, x, layer:int)->torch.Tensor: # (B, E)
-    "The embedding that meets text's"
+    "The image embedding in the space shared with text"
     return encoder.embed_image(x)
 
 def patch_tokens(encoder:Encoder, x, layer:int)->torch.Tensor: # (B, N, D)
@@ -106,7 +106,7 @@ def patch_tokens(encoder:Encoder, x, layer:int)->torch.Tensor: # (B, N, D)
 
 # %% ../nbs/03_probe.ipynb #5f335b69
 class Read:
-    "Batches of a set of pictures, each as it is or as the exception that it raised, into which a loader would put its trace"
+    "Batches of a set of pictures, each as such or as the exception that it raised, to which a loader would add its own traceback"
     def __init__(self, source, ids:list, size:int): self.source, self.ids, self.size = source, ids, size
     def __len__(self): return len(self.ids)
     def __getitem__(self, k:int):
@@ -145,7 +145,7 @@ def fill(path:Path, encoder:Encoder, source, what, layer:int, batch:int, dtype:s
             if time.time() - begun > 20: shown(int(rows[-1]) + 1, of=source.name)
 
 def features(encoder:Encoder, source, what=pooled, layer:int=-1, batch:int=256, dtype:str='float32')->np.ndarray: # (n, 2, D), or (n, N, D) of patch tokens; read-only memory map
-    "The features of a set of pictures (with `name`, `fingerprint`, length and `batch(ids, size)`), made unless they are there"
+    "The features of a set of pictures (with `name`, `fingerprint`, length and `batch(ids, size)`), computed unless cached"
     model = encoder.joint() if what is joint else encoder.model
     weights = tensors_digest({k: v.cpu() for k, v in model.state_dict().items()}) if what is joint else encoder.fingerprint
     key = digest(FEATURES, weights, encoder.size, list(encoder.mean), list(encoder.std), source.fingerprint, what.__name__, layer,
@@ -388,7 +388,7 @@ def probe_in(folder:Path, encoder:Encoder, run:ProbeRun)->dict:
 
 # %% ../nbs/03_probe.ipynb #aec5aebc
 def comparable(o:Opened, other:Path)->bool: # folder of a finished run
-    "Whether another run has these test pictures, as far as can be said before they are read"
+    "Whether another run has these test pictures, as far as can be known before they are read"
     theirs = read_json(other/'result.json')['tasks']
     if o.test is None: return any(t in TASKS for t in theirs)
     return o.name in theirs and (o.maps or theirs[o.name]['test'] == digest(list(o.classes), o.test.labels.tobytes()))

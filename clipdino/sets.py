@@ -74,7 +74,7 @@ class Labelled:
         return out
 
 def bare(data:bytes, raw:str, size:int)->np.ndarray: # (size, size, 3) uint8
-    "A picture of bare 32 x 32 pixels"
+    "A picture stored as 32 x 32 raw pixels"
     if len(data) < 3072: raise BadSample('the file ends within this picture')
     px = np.frombuffer(data, np.uint8)
     px = px.reshape(3, 32, 32).transpose(1, 2, 0) if raw == 'chw' else px.reshape(32, 32, 3)
@@ -82,7 +82,7 @@ def bare(data:bytes, raw:str, size:int)->np.ndarray: # (size, size, 3) uint8
 
 # %% ../nbs/01_sets.ipynb #f3ffd254
 def balanced(labels:np.ndarray, limit:int, seed:int)->np.ndarray:
-    "Indices of the first `limit` samples (0: all) of a shuffled order that goes round the classes"
+    "Indices of the first `limit` samples (0: all) of a shuffled order that cycles through the classes"
     order = np.random.default_rng(seed).permutation(len(labels))
     turn = pd.Series(order).groupby(labels[order]).cumcount()  # which one of its class a sample is
     return order[np.argsort(turn, kind='stable')][:limit or None]
@@ -91,7 +91,7 @@ def balanced(labels:np.ndarray, limit:int, seed:int)->np.ndarray:
 SPLITS = dict(train=('train', 'training'), val=('val', 'valid', 'validation'), test=('test', 'val', 'validation'))
 
 def split_word(split:str, has, where:str)->str: # has: word -> whether there is a split of that name
-    "How a set calls one of its splits"
+    "What a set calls one of its splits"
     word, test = (next((w for w in SPLITS[s] if has(w)), None) for s in (split, 'test'))
     check(word, f'{where} has no {split} split: a folder {split}/ with a folder per class, or shards with {split} in their names')
     check(split != 'val' or word != test, f'{where} has no val split apart from its test split, which is {word}: hold out a part of train')
@@ -135,7 +135,7 @@ def own_folders(root:Path, split:str)->tuple: # -> Where, labels, class names
 
 # %% ../nbs/01_sets.ipynb #35476dba
 def lines(path:Path)->list:
-    "The lines of a text file, without those that are empty"
+    "The non-empty lines of a text file"
     try: return [l.strip() for l in path.read_text('utf-8-sig').splitlines() if l.strip()]
     except UnicodeDecodeError: raise BadData(f'{path} is not a text in UTF-8: get it again') from None
 
@@ -224,7 +224,7 @@ def split_spec(spec:str)->tuple:
     return m[1], m[2]
 
 def fingerprint(where:Where, labels:np.ndarray, classes)->str:
-    "Stands for names, sizes and times of files, for where in them the pictures are, and for their labels and order"
+    "A digest of names, sizes and times of files, of where in them the pictures are, and of their labels and order"
     try: stamps = [(os.path.basename(f), *size_and_time(f)) for f in where.files]
     except FileNotFoundError as e: raise BadData(f'{e.filename} is missing, but listed as a picture of this set') from None
     return digest(stamps, list(classes), where.raw, *(a.tobytes() for a in (where.file, where.at, where.size, labels)))
@@ -286,7 +286,7 @@ def cifar10(root:Path, split:str)->tuple:
     return Where([f'{top}/{f}' for f in files], file, at, np.full(len(at), 3072), 'chw'), np.concatenate(labels), lines(top/'batches.meta.txt')
 
 def array(path:Path)->np.ndarray:
-    "A numpy file, mapped, and never unpickled"
+    "A numpy file, memory-mapped and never unpickled"
     try: return np.load(path, mmap_mode='r', allow_pickle=False)
     except (ValueError, OSError, EOFError) as e: raise BadData(f'{path} is not an array of numbers ({e}): download it again') from None
 

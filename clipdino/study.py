@@ -53,7 +53,7 @@ _ELSEWHERE = dict(pretrain=('seed',), vlm=('seed', 'questions'), probe=('data', 
                   vmcbench=('questions', 'how', 'blind', 'batch'))  # what the rows of a kind say themselves, or what changes no number
 
 def deciding(kind:str, preset:str, objective:str='', then:dict={})->tuple: # settings.json -> settings, of the preset and of the run
-    "What decides a run's numbers, by name; a setting that is newer than the run had its default, and data that the preset leaves open is told apart by its fingerprint"
+    "The settings that decide a run's numbers, by name; a setting newer than the run had its default, and data that the preset leaves open is identified by its fingerprint"
     make = dict(STAGES, vlm=vlm)[kind].settings
     own = make(preset, objective) if kind == 'pretrain' else make(preset)
     base = {k: v for k, v in asdict(own).items() if k not in (*_NAMES, *_MACHINERY, *_ELSEWHERE.get(kind, ()))
@@ -112,7 +112,7 @@ def collect(preset:str, runs:Path|None=None, to:Path|None=None)->Path: # runs/, 
     return to
 
 def of_runs(who:pd.DataFrame, known:set)->pd.DataFrame: # of `identity`; names of runs that are in the tables
-    "Without runs on encoders or VLMs that are no runs of the preset: no claim speaks of them"
+    "The runs without those on encoders or VLMs that are not runs of the preset: no claim is about them"
     known, kept = known | set(who.run[who.kind == 'pretrain']), []
     for w in who.sort_values('kind', key=lambda k: k == 'vmcbench', kind='stable').itertuples():  # VLMs before what they answer
         lacks = [n for n in w.of.split(',') if n and n.removeprefix('random:') not in known]
@@ -121,7 +121,7 @@ def of_runs(who:pd.DataFrame, known:set)->pd.DataFrame: # of `identity`; names o
     return who.loc[sorted(kept)]
 
 def pairs_of(folders)->pd.DataFrame: # finished analyses
-    "The pairs that two encoders of the world's pictures disagree on most, each picture once"
+    "The pairs of the world's pictures on which two encoders disagree most, each picture once"
     rows = []
     for d in folders:
         s, r = (read_json(d/f) for f in ('settings.json', 'result.json'))
@@ -246,7 +246,7 @@ class Results:
         return Questions(t.questions.iloc[0], *fingerprints, t[['category', 'answer']].to_dict('records'))
 
     def versions(self)->pd.DataFrame:
-        "Which versions of the code made how many runs of each kind and objective, as the preset has them or in any other way, on what"
+        "How many runs of each kind and objective each version of the code made, on which device; runs that differ from the preset are counted apart"
         runs = self.runs.set_index('run')
         def about(run:str)->tuple: # -> objective, and whether it or what it is made of differs from the preset
             r = runs.loc[run]
@@ -310,7 +310,7 @@ def curves(r:Results)->pd.DataFrame:
     return t.assign(value=100*t.accuracy)
 
 def at_end(r:Results)->pd.Series: # by objective and variant
-    "What `curves` come to, on average over seeds"
+    "Final values of `curves`, averaged over seeds"
     t = curves(r)
     return t[t.samples == t.groupby('encoder').samples.transform('max')].groupby(['objective', 'variant']).value.mean()
 
@@ -339,7 +339,7 @@ def matched(r:Results, matching:str, a:str, b:str)->dict: # objectives -> {objec
 LENGTHS = {'shorter stage 1': ('stage1_samples', 1/8), 'longer stage 2': ('stage2_samples', 4)}
 
 def of_length(r:Results, length:str)->str: # one of `LENGTHS`; empty for the preset's -> variant
-    "How VLMs of another length differ from the preset's"
+    "How VLMs trained for another length differ from the preset's"
     if not length: return ''
     one_of('length', length, LENGTHS)
     setting, k = LENGTHS[length]
@@ -414,7 +414,7 @@ def on_average(r:Results, members, values, aggregation:str)->Effect: # (s, n) nu
 # %% ../nbs/07_study.ipynb #703daca5
 @dataclass(frozen=True)
 class Claim:
-    "What the paper says, and how it is put to the results"
+    "What the paper says, and how it is tested on the results"
     id: str
     says: str
     paper: str  # its numbers
@@ -424,7 +424,7 @@ class Claim:
     presumes: object = None  # (results, **how) -> what else that takes: {what is not shown: Effect, which must be above 0}
 
     def lacks(self, r, **how)->str:
-        "What it presupposes and is not shown, each at 5 % and uncorrected, two-sided where results chose the side; empty if all is"
+        "Which of its presuppositions are not shown, each at 5% and uncorrected, two-sided where results chose the side; empty if all are"
         low = [o for o in self.learned if self.f(r, o, 'untrained', **how).above(0) >= ALPHA]
         if low: return f'{" and ".join(o.upper() for o in low)} not shown better than untrained'
         return next((k for k, e in self.presumes(r, **how).items() if e.value <= 0 or two_sided(e) >= ALPHA), '') if self.presumes else ''
@@ -444,34 +444,34 @@ def classification(r, a='clip', b='dino', how='linear', matching='samples')->Eff
     "Linear probe of ImageNet, or of object classes (the paper, Table 1)"
     return probed(r, real_or(r, ('imagenet',), 'object'), a, b, how, matching)
 
-@claim('2', 'CLIP is better within families of classes', '+20.6 points on Cars, +9.3 on CUB', 1, ('clip',))
+@claim('2', 'CLIP classifies better within families of classes', '+20.6 points on Cars, +9.3 on CUB', 1, ('clip',))
 def fine_grained(r, a='clip', b='dino', how='linear', matching='samples')->Effect:
     "Linear probes of cars and birds, or of classes within families (the paper, Table 1)"
     return probed(r, real_or(r, ('cars', 'cub'), 'within families'), a, b, how, matching)
 
 # %% ../nbs/07_study.ipynb #8c671257
-@claim('3o', 'CLIP follows objects and words', 'pairs, by inspection', 1)
+@claim('3o', 'CLIP responds more to objects and words', 'pairs, by inspection', 1)
 def semantics(r, a='clip', b='dino', matching='samples', readout='class token')->Effect:
-    "How far an embedding moves when the object or the word of a scene changes, by the distance of unrelated scenes (the paper, section 3)"
+    "How far an embedding moves when the object or the word of a scene changes, relative to the distance between unrelated scenes (the paper, section 3)"
     return mean_of([moves(r, a, b, matching, readout)[f] for f in ('object', 'word')], 'distances')
 
-@claim('3c', 'DINO follows colour and style', 'pairs, by inspection', -1)
+@claim('3c', 'DINO responds more to colour and style', 'pairs, by inspection', -1)
 def appearance(r, a='clip', b='dino', matching='samples', readout='class token')->Effect:
     "The same when colour or style changes (the paper, section 3)"
     return mean_of([moves(r, a, b, matching, readout)[f] for f in ('colour', 'style')], 'distances')
 
 def analysed(r, what, a='clip', b='dino', matching='samples', readout='class token')->pd.DataFrame: # of analysis.EMBEDDINGS
-    "Rows of analyses that a claim is made of"
+    "Rows of analyses that a claim is based on"
     one_of('readout', readout, analysis.EMBEDDINGS)
     return of_main(r.analysis, matched(r, matching, a, b), what=what, readout=readout)
 
 def moves(r, a='clip', b='dino', matching='samples', readout='class token')->dict: # factor -> of `by_seed`
-    "What claims 3 are made of"
+    "The differences that claims 3o and 3c are based on, by factor"
     t = analysed(r, 'sensitivity', a, b, matching, readout)
     return {f: by_seed(t[t.row == f], a, b, f'sensitivity to {f}, {readout}') for f in ('object', 'word', 'colour', 'style')}
 
 def show_moves(r)->pd.DataFrame:
-    "Sensitivities that claims 3 are made of, as means of seeds; and differences with their intervals, also from encoders that have learned nothing"
+    "Sensitivities that claims 3o and 3c are based on, as means over seeds; and differences with their intervals, also from untrained encoders"
     t = analysed(r, 'sensitivity').pivot_table(index='row', columns='objective', values='value')[['clip', 'dino', 'untrained']]
     def said(d): return '{:+.2f} [{:+.2f},\xa0{:+.2f}]'.format((e := mean_of([d], 'distances')).value, *e.interval())
     for name, how in {'CLIP minus DINO': {}, 'the same at equal accuracy': dict(matching='accuracy'),
@@ -480,7 +480,7 @@ def show_moves(r)->pd.DataFrame:
         except SettingsError: continue  # whose runs are not there
     return t.loc[list(moves(r))].rename_axis(index='factor', columns='').reset_index()
 
-@claim('4', 'Distinct symbols are less alike for CLIP', '0.713 and 0.877', -1)
+@claim('4', 'CLIP keeps distinct symbols further apart', '0.713 and 0.877', -1)
 def symbols(r, a='clip', b='dino', matching='samples', readout='class token')->Effect:
     "Mean cosine similarity of distinct symbols (the paper, appendix B)"
     t = analysed(r, 'similarity', a, b, matching, readout)
@@ -503,19 +503,19 @@ def vision_questions(r, a='clip', b='dino', protocol='calibrated', aggregation='
     return answered(r, VISION, a, b, protocol, aggregation, matching, length)
 
 # %% ../nbs/07_study.ipynb #9327f369
-@claim('7s', 'A sigmoid loss gains little', '41.4 to 40.8 or 40.5 %', 0, ('siglip', 'clip'))
+@claim('7s', 'A sigmoid loss makes little difference', '41.4 to 40.8 or 40.5 %', 0, ('siglip', 'clip'))
 def sigmoid(r, a='siglip', b='clip', protocol='calibrated', aggregation='twenty')->Effect:
     "All twenty tasks (the paper, Table 2)"
     return answered(r, CATEGORIES, a, b, protocol, aggregation)
 
-@claim('7t', 'A pre-trained text encoder gains little', '41.4 to 40.8 or 40.5 %', 0, ('clip-lm', 'clip'))
+@claim('7t', 'A pre-trained text encoder makes little difference', '41.4 to 40.8 or 40.5 %', 0, ('clip-lm', 'clip'))
 def text_encoder(r, a='clip-lm', b='clip', protocol='calibrated', aggregation='twenty')->Effect:
     "All twenty tasks (the paper, Table 2)"
     return answered(r, CATEGORIES, a, b, protocol, aggregation)
 
 # %% ../nbs/07_study.ipynb #478f6a9f
 def language_models(r, a, b, protocol, aggregation)->np.ndarray: # of `of_vlms`: (seeds, 2, 2, n): language models and objectives
-    "Answers with two language models, first those with the better one, with which more general questions are answered"
+    "Answers with two language models; first comes the better one, with which more General questions are answered correctly"
     other = [v for v in dict.fromkeys(r.answers.variant[r.answers.objective == a]) if re.fullmatch(r'llm=\S+( template=\S*)?', v)
              and v in set(r.answers.variant[r.answers.objective == b])]
     check(len(other) == 1, f'there must be VLMs of {a} and {b} with one language model besides that of the preset, and there are {", ".join(other) or "none"}: the study llm has them')
@@ -530,7 +530,7 @@ def general(r, values, aggregation)->Effect: # (seeds, ..., n)
     return on_average(r, GROUPS['General'], values.reshape(len(values), -1, values.shape[-1]).mean(1), aggregation)
 
 def is_better(r, a='clip', b='dino', protocol='calibrated', aggregation='twenty')->dict: # of `Claim.presumes`
-    "That one language model is better for both objectives' VLMs, and the other good for something"
+    "That one language model is better for both objectives' VLMs, and that the other is above chance"
     v = language_models(r, a, b, protocol, aggregation)
     return {f'{o} not shown to answer more with one of them': general(r, v[:, 0, k] - v[:, 1, k], aggregation)
             for k, o in enumerate((a, b))} | {
@@ -560,7 +560,7 @@ def outcome(e:Effect, sign:int)->tuple: # -> p-value, what it would show
     return (same, 'replicated') if same <= other else (other, 'reversed')
 
 def judge(r:Results, **how)->pd.DataFrame: # arguments of the claims but `a` and `b`; those claims are judged that have them
-    "Every claim with its effect, interval, each seed's effect and verdict; `p` is corrected, `alone` is not, `p_at_0` is what a test of equality would have had, uncorrected, with an effect of 0"
+    "Every claim with its effect, interval, each seed's effect and verdict; `p` is corrected, `alone` is not, `p_at_0` is the uncorrected p-value that a test of equality would have had with an effect of 0"
     check(not {'a', 'b'} & set(how),
           "judge is about the objectives that the claims name; for others call a claim's function, as in classification(r, a='hybrid', b='dino')")
     rows = []

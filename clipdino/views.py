@@ -216,7 +216,7 @@ def make_views(groups, # lists of `View`s; the views of a group have one size
     return out
 
 class AddViews:
-    "Puts the views of a batch in the place of its pictures; on the device, or in a loader's process"
+    "Replaces the pictures of a batch by their views, on the device or in a loader process"
     def __init__(self, groups, seed:int, mean, std, dtype=torch.float32):
         self.groups, self.seed, self.mean, self.std, self.dtype = groups, seed, mean, std, dtype
     @torch.no_grad()

@@ -291,7 +291,7 @@ def make_connector(config)->nn.Module: # of a VLM with `connector` and `connecto
     return Pool(LlavaMultiModalProjector(config), tokens)
 
 class ConnectorConfig(LlavaConfig):
-    "Of a LLaVA whose connector is not LLaVA-1.5's"
+    "Configuration of a LLaVA whose connector is not LLaVA-1.5's"
     model_type = 'clipdino_llava'
     connector: str = 'linear'
     connector_tokens: int = 0
@@ -310,7 +310,7 @@ AutoModelForImageTextToText.register(ConnectorConfig, ConnectorLlava, exist_ok=T
 _STREAM = 41  # keeps these draws apart from others of the same seed
 
 def open_llm(name:str, preset:str, seed:int=0)->tuple: # -> model, tokenizer
-    "A language model whose tokenizer knows the mark of a picture"
+    "A language model, and its tokenizer with a token for the picture"
     own, _, size = name.partition(':')
     source = str(small_lm(preset, size) if own == 'world' else folder_of(name) or name)
     with reading(source):
@@ -383,7 +383,7 @@ def make_processor(run:VLMRun, e:Encoder, tokenizer)->LlavaProcessor:
                           num_additional_image_tokens=1, chat_template=_AS_TEXT + template_of(tokenizer, run.template))
 
 def save_vlm(vlm:nn.Module, processor:LlavaProcessor, folder:Path):
-    "Write model and processor, each file whole, and last the one without which nobody opens a model"
+    "Write model and processor, each file whole, and `config.json` last, without which a model does not open"
     tmp = folder/'.vlm'
     shutil.rmtree(tmp, ignore_errors=True)  # of a process that was killed
     with writing(folder):
@@ -419,7 +419,7 @@ class Seen:
 
 # %% ../nbs/05_vlm.ipynb #2c610471
 class Reader(nn.Module):
-    "What is trained of a VLM: connector and language model, on patch tokens that are there already"
+    "The parts of a VLM that are trained, connector and language model; takes patch tokens as input"
     def __init__(self, vlm:LlavaForConditionalGeneration):
         super().__init__()
         self.connector, self.lm = vlm.model.multi_modal_projector, vlm.model.language_model
@@ -432,7 +432,7 @@ class Reader(nn.Module):
         return x + 0*sum(p.sum() for p in self.connector.parameters())  # processes that train together must all use it
     def logits(self, h): return h @ self.lm.get_input_embeddings().weight.T if self.tied else self.head(h)
     def forward(self, ids, image, tokens, at, targets)->torch.Tensor: # (T,) positions among all B*L, and which tokens come next
-        "Sum of the cross-entropies of all targets. Nothing is masked: what is padded stands at the right, where no target sees it"
+        "Sum of the cross-entropies of all targets. No mask is needed: padding is on the right, where no target sees it"
         h = self.lm(inputs_embeds=self.embed(ids, image, tokens), use_cache=False).last_hidden_state.flatten(0, 1)
         return F.cross_entropy(self.logits(h[at]).float(), targets, reduction='sum')
 
@@ -468,7 +468,7 @@ class Trained:
         self.module.load_state_dict(state, strict=False)
 
 class Gathered:
-    "Has a state that processes have put together"
+    "Wraps a state gathered from all processes"
     def __init__(self, state:dict): self.state = state
     def state_dict(self)->dict: return self.state
 
@@ -644,7 +644,7 @@ class Parts:
         self.reader.to(self.acc.device)
 
     def train_lm(self):
-        "Have the language model trained, or adapters in it"
+        "Make the language model, or adapters in it, trainable"
         if self.run.lora and self.adapted is None:
             from peft import LoraConfig, get_peft_model  # takes a second
             with seeded(self.run.seed, _STREAM, 3):
@@ -667,7 +667,7 @@ class Parts:
 
 # %% ../nbs/05_vlm.ipynb #a7e4e081
 class Held:
-    "Held-out questions, and the share that the reader in training answers right"
+    "Held-out questions, and which of them the reader in training answers correctly"
     def __init__(self, p:Parts):
         run, form = p.run, Form(p.tokenizer, p.run.template)
         self.questions = WorldVQA('val', run.questions, run.canvas)

@@ -87,7 +87,7 @@ def questions_of(run:Score)->Questions:
 # %% ../nbs/06_vmcbench.ipynb #3799bb08
 @dataclass
 class VLM:
-    "A vision-language model, its processor, and what tells it apart"
+    "A vision-language model, its processor, and what identifies it"
     name: str
     model: torch.nn.Module
     processor: object
@@ -126,7 +126,7 @@ def load_vlm(name:str|Path, device='cpu', precision:str='auto')->VLM: # a run, o
                dict(origin(folder), parameters=model.num_parameters()))
 
 def origin(folder:Path|None)->dict:
-    "What a run of ours put together; nothing of others' models"
+    "What a run of ours was made from; empty for others' models"
     if folder is None or not (folder/'settings.json').exists(): return {}
     s, r = read_json(folder/'settings.json'), read_json(folder/'result.json')
     return dict({k: s[k] for k in ('llm', 'seed', 'preset')}, encoder=r['encoder']['name'], encoder_weights=r['encoder']['fingerprint'],
@@ -151,7 +151,7 @@ def untrained_vlm(folder:Path, questions:Questions, encoder:str='random:clipdino
     return Path(folder)
 
 class Squares(Questions):
-    "Questions about the colour of a square, to show things with"
+    "Questions about the colour of a picture, for demonstration"
     COLOURS = dict(red=(200, 30, 30), green=(30, 160, 60), blue=(40, 60, 200), yellow=(240, 220, 40), black=(0, 0, 0),
                    white=(255, 255, 255))
     def __init__(self, n:int=40, seed:int=0):
@@ -173,7 +173,7 @@ def chat(vlm:VLM, row:dict, blind:bool=False, answer:str='')->str:
 def token_ids(vlm:VLM, text:str)->list: return vlm.processor.tokenizer(text, add_special_tokens=False).input_ids
 
 def letter_ids(vlm:VLM, row:dict, blind:bool=False)->list:
-    "The token with which each letter begins after the prompt: as the template puts an answer, or right behind it if the template does not go on from the prompt"
+    "The first token of each letter after the prompt: as the template writes an answer, or directly after the prompt if the template does not continue from it"
     begin = chat(vlm, row, blind)
     start = token_ids(vlm, begin)
     ways = ([token_ids(vlm, t) for t in texts] for texts in ([chat(vlm, row, blind, l) for l in LETTERS], [begin + l for l in LETTERS]))
@@ -289,7 +289,7 @@ def levels(categories:list)->dict: # of the questions -> level -> data sets
     return dict(overall=have, **{g: m for g, members in SUBSETS.items() if (m := [c for c in members if c in have])}), {c: [c] for c in have}
 
 def aggregate(values, categories:list, draws:int=DRAWS, between:tuple=(0., 1.))->dict: # (n,) numbers of questions, or (s, n) of several seeds; least and most that they can be -> aggregation -> level -> value, interval, n
-    "Means by data set, group and overall, in each of the ways, with 95% intervals: by bootstrap over questions; of several seeds with how much they differ"
+    "Means by data set, group and overall, in each of the ways, with 95% intervals: by bootstrap over questions, and, for several seeds, with the variance between them"
     (groups, sets), values, categories = levels(categories), np.atleast_2d(np.asarray(values, np.float64)), np.array(categories)
     at = {c: k for k, c in enumerate(sets)}
     size, means, boot = np.empty(len(at)), np.empty((len(values), len(at))), np.empty((draws, len(at)))
@@ -456,7 +456,7 @@ def show_letters(result:dict):
 
 # %% ../nbs/06_vmcbench.ipynb #0d9564c8
 def disagreements(ours:list, theirs:list, protocol:str, k:int)->list: # predictions -> pairs of rows
-    "Questions on which one of two runs is right, from as many data sets as there are, the sides in turn"
+    "Questions on which one of two runs is right, from as many data sets as there are, alternating between the runs"
     a, b = successes(ours, protocol), successes(theirs, protocol)
     t = pd.DataFrame(dict(row=range(len(a)), won=a > b, category=[r['category'] for r in ours]))[a != b]
     t['turn'] = t.groupby(['won', 'category']).cumcount()
@@ -484,7 +484,7 @@ def gallery(folder:Path, other:Path, questions:Questions, protocol:str='likeliho
 
 # %% ../nbs/06_vmcbench.ipynb #9edc5b8b
 def collect(folders)->pd.DataFrame: # finished scoring runs
-    "A row for each run: what tells it apart, and a letter for each question and protocol; a small one was drawn"
+    "A row for each run: what identifies it, and a letter for each question and protocol; a lower-case one was drawn at random"
     rows = []
     for d in sorted(map(Path, folders)):
         r, told = read_json(d/'result.json'), predictions(d)
@@ -513,7 +513,7 @@ def of_objective(runs:pd.DataFrame, objective:str, blind:bool=False)->pd.DataFra
     return found
 
 def by_objective(runs:pd.DataFrame, questions:Questions, protocol:str='calibrated')->dict: # -> objective -> as `aggregate`
-    "Accuracies over seeds and questions; of the runs without pictures, whatever their encoder, the mean, over questions alone"
+    "Accuracies, with intervals over seeds and questions; for runs without pictures their mean, whatever the encoder, with intervals over questions alone"
     categories = [r['category'] for r in questions.rows]
     found = {o: right(g, questions, protocol) for o in (*LOOKS, *own_objectives(runs.encoder), 'untrained') if len(g := of_objective(runs, o))}
     if runs.blind.any(): found['blind'] = right(runs[runs.blind], questions, protocol).mean(0)

@@ -224,14 +224,14 @@ def tones(s:Scene, colour:int|None=None)->tuple:
 # %% ../nbs/00_world.ipynb #358dff41
 @dataclass
 class Part:
-    "One thing in a picture: what it is, its mask (L), and an RGB fill, a picture or a colour; kind is object, word or mark"
+    "One thing in a picture: its kind (object, word or mark), its name, its mask (mode L), and its fill, an RGB picture or colour"
     kind: str
     name: str
     mask: Image.Image
     fill: object
 
 def fitted(masks:tuple, size:int, x, y, w, h, angle=0.)->Image.Image: # centre and box, shares of the frame
-    "Ink as large as fits its box"
+    "Ink, as large as its box allows"
     mw, mh = masks[0].size
     return place(masks, size, x, y, min(w, h*mw/mh) if mw >= mh else min(h, w*mh/mw), angle)
 
@@ -401,7 +401,7 @@ def subject(s:Scene, colour:str, text:bool)->str: # colour word or '', whether t
 FRAMES = '{}', 'a {}', 'picture of a {}', '{} icon', 'photo of {}', '{} clip art', 'my {}', 'the {} image'
 
 def caption(s:Scene, policy:str='web')->str:
-    "Alt-text under a policy; `web` names things nearly always, transcribes often, mentions colour seldom and style hardly ever"
+    "Alt-text under a policy; `web` nearly always names things, often transcribes, seldom mentions colour and hardly ever style"
     one_of('captions', policy, POLICIES)
     u = s.u[141:150]
     if u[0] < .04: return NOISE[pick(u[1], len(NOISE))]
@@ -415,7 +415,7 @@ def caption(s:Scene, policy:str='web')->str:
 
 # %% ../nbs/00_world.ipynb #1fcf1a2d
 def versions()->str:
-    "What decides the pixels besides the code: the fonts come with matplotlib, their rasteriser with Pillow"
+    "What, besides the code, determines the pixels: the fonts come with matplotlib, their rasteriser with Pillow"
     from PIL import features
     return f'world {VERSION}, matplotlib {matplotlib.__version__}, Pillow {metadata.version("pillow")}, FreeType {features.version("freetype2")}'
 
