@@ -99,6 +99,30 @@ def test_an_installation_inside_of_another_repository_has_no_commit(tmp_path):
     git('add', '.'), git('commit', '-m', 'ours')
     assert re.fullmatch('[0-9a-f]{12}', m.commit())
 
+def anchor(heading:str)->str: return re.sub(r'^[^a-z]+', '', re.sub(r'[^\w\s.-]', '', heading.lower()).strip().replace(' ', '-'))
+
+def shown(p)->str:
+    "The Markdown of a page: its own, and what its cells print"
+    if p.suffix == '.md': return p.read_text()
+    parts = [source(c) if c['cell_type'] == 'markdown' else
+             '\n'.join(''.join(o['data'].get('text/markdown', '')) for o in c['outputs'] if 'data' in o) for c in cells(p) if c['cell_type'] != 'raw']
+    return '\n'.join(parts)
+
+def test_links_lead_somewhere():
+    "Within the site and the repository, down to the heading or the figure"
+    targets, links = {}, []
+    for p in (*notebooks, *root.glob('*.md')):
+        text = re.sub(r'^```.*?^```|`[^`\n]+`', lambda m: '' if m[0].startswith('```') else re.sub(r'[][]', '', m[0]), shown(p), flags=re.M | re.S)
+        targets[p] = {anchor(re.sub(r'\[([^]]*)\]\([^)]*\)', r'\1', h)) for h in re.findall(r'^#+ (.+)$', text, re.M)}
+        if p.suffix == '.ipynb': targets[p] |= set(re.findall(r'^#\| label: (\S+)', '\n'.join(map(source, cells(p))), re.M))
+        links += [(p, u) for u in re.findall(r'\]\(([^)\s]+)\)', text) if not re.match(r'\w+:', u)]
+    assert len(links) > 150
+    for p, u in links:
+        path, _, at = u.partition('#')
+        to = (p.parent/path).resolve() if path else p
+        assert to.exists(), f'{p.name}: {u}'
+        assert not at or at in targets[to], f'{p.name}: {u}'
+
 def test_no_page_is_older_than_the_results():
     "Every page that reads the study's tables prints their digest, and it is today's; so does the README's table of claims"
     from clipdino.core import stamp
