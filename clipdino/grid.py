@@ -122,14 +122,14 @@ class Grid(Settings):
     preset: str = 'mini'  # smoke, mini, small or paper
     studies: str = 'main'  # of `STUDIES`, separated by commas
     objectives: str = 'clip,dino,siglip,clip-lm'  # of the main study
-    seeds: int = 3  # how many
-    first_seed: int = 0  # and from which on
-    kinds: str = ','.join(KINDS)  # of runs; what they need comes along
+    seeds: int = 3  # number of seeds
+    first_seed: int = 0  # the first of them
+    kinds: str = ','.join(KINDS)  # of runs; those that they need are added
     given: str = ''  # settings of all runs of a kind, as in "pretrain.data=shards/*.tar vlm.lora=64"
     workers: int = 0  # runs at once; 0: one for each GPU; without GPUs, as many as there are cores and memory for
     threads: int = 0  # of each run; 0: one, or with GPUs an equal share of the cores
     slurm: bool = False  # print the commands for Slurm instead
-    submit: bool = False  # and give them
+    submit: bool = False  # and submit them
     options: str = ''  # of sbatch, with an equals sign: --options="--partition=gpu --gpus=8"
     options_one: str = ''  # the same for runs that can use one GPU only (all but pretrain and vlm); empty: as `options`
 

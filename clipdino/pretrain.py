@@ -101,15 +101,15 @@ class Pretrain(HybridSettings, DINOSettings, TextSettings):
     # data
     data: str = 'world'  # the embedded world, or WebDataset shards: a folder, glob or brace expansion
     captions: str = 'web'  # what the world's captions mention
-    images: int = 49152  # pictures of the world, an epoch of it
-    canvas: int = 48  # px to which pictures are rendered, or decoded at most
-    max_bad: float = .05  # share of bad samples in shards that a run puts up with
+    images: int = 49152  # distinct pictures of the world, one epoch
+    canvas: int = 48  # px at which the world is rendered, and to which larger pictures are decoded
+    max_bad: float = .05  # largest share of bad samples in shards that is tolerated
     workers: int = 0  # loader processes
     augment: str = 'device'  # where views are made: on the device, or by the workers
     # budget and optimiser: all objectives have these; presets may give them other values
     samples: int = 196608  # images seen in all
     batch: int = 64  # images per step, over all processes
-    micro: int = 0  # images that a process takes through the encoder at once, to save memory; 0 for all of its share
+    micro: int = 0  # images that a process encodes at once, to save memory; 0 for all of its share
     lr: float = 1e-3  # peak learning rate
     min_lr: float = 1e-5  # at the end of the cosine
     warmup: float = .1  # share of the run with rising learning rate
@@ -126,7 +126,7 @@ class Pretrain(HybridSettings, DINOSettings, TextSettings):
     # views
     crop_min: float = .9  # least area share of a (global) crop
     # machinery
-    processes: int = 0  # on this machine; 0: one for each GPU, or for the CPU. accelerate or torchrun, where they launch the run, decide instead
+    processes: int = 0  # on this machine; 0: one per GPU, or one on the CPU. If accelerate or torchrun launches the run, they decide
     precision: str = 'auto'  # fp32, bf16, fp64; auto: bf16 on GPUs that have it
     compile: str = 'auto'  # on, off; auto: on a GPU
     probes: int = 6  # evaluations during the run, besides the one before it

@@ -65,7 +65,7 @@ class VLMRun(Settings):
     captions: str = 'web'  # what the world's captions mention
     answers: str = 'both'  # how the world's questions are answered: letter, text or both
     canvas: int = 48  # px of the world's pictures
-    max_bad: float = .05  # share of unusable rows that is put up with
+    max_bad: float = .05  # largest share of unusable rows that is tolerated
     # model
     template: str = ''  # chat template: vicuna, chatml, or empty for the language model's own
     layer: int = -2  # of the encoder, whose patch tokens are read
@@ -87,10 +87,10 @@ class VLMRun(Settings):
     context: int = 512  # longest conversation, tokens
     # machinery
     questions: int = 1000  # held-out questions of the world that are answered at the end; 0 for none
-    micro: int = 0  # conversations that a process takes at once; 0 for all of its share
-    recompute: bool = False  # make the language model's inner values again for the gradient instead of keeping them: a third more work, far less memory
-    cached: bool = True  # keep the patch tokens of all pictures on the disk; else pictures are encoded as they come
-    processes: int = 0  # on this machine; 0: one for each GPU, or for the CPU. accelerate or torchrun, where they launch the run, decide instead
+    micro: int = 0  # conversations that a process takes at once, to save memory; 0 for all of its share
+    recompute: bool = False  # recompute the language model's activations in the backward pass: a third more work, far less memory
+    cached: bool = True  # keep the patch tokens of all pictures on disk; otherwise pictures are encoded as they come
+    processes: int = 0  # on this machine; 0: one per GPU, or one on the CPU. If accelerate or torchrun launches the run, they decide
     shard: bool = False  # split weights, gradients and moments of stage 2 over the processes (FSDP), for language models that one GPU can not train
     precision: str = 'auto'  # fp32 or bf16; auto: bf16 on GPUs that have it
     save_every: int = 16384  # conversations between saved states

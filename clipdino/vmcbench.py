@@ -53,7 +53,7 @@ class Score(Settings):
     seed: int = 0  # of the letters drawn where an answer can not be parsed; the questions of the world are always the same
     n: int = 2000  # questions of the world
     canvas: int = 48  # px of the world's pictures; each model sees them enlarged or shrunk to its own size
-    limit: int = 0  # the first so many questions; 0 for all
+    limit: int = 0  # ask only so many, the first; 0 for all
     how: str = 'both'  # one of HOW
     blind: bool = False  # ask without the pictures
     batch: int = 32
