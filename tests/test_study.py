@@ -205,7 +205,7 @@ def test_kinds_of_tasks_beside_each_other(tmp_path):
 def test_what_claims_say_in_words(tmp_path):
     r = Results('mini', write(tmp_path, **AS_THE_PAPER))
     tables = judgements(r)
-    assert re.fullmatch(r'- \*\*CLIP is better within families of classes\*\* \(claim 2; the paper: .+\)\. Equal samples: \+(9|10)\.\d points \[\+\d+\.\d,\s\+\d+\.\d\], \*replicated\* \(p\s=\s0\.0\d\d\); Equal accuracy: \*incomplete\* \(there are no short runs of clip .+\)\.', told(tables, '2').data)
+    assert re.fullmatch(r'- \*\*CLIP classifies better within families of classes\*\* \(claim 2; the paper: .+\)\. Equal samples: \+(9|10)\.\d points \[\+\d+\.\d,\s\+\d+\.\d\], \*replicated\* \(p\s=\s0\.0\d\d\); Equal accuracy: \*incomplete\* \(there are no short runs of clip .+\)\.', told(tables, '2').data)
     v = verdicts(tables)
     assert list(v['']) == list(CLAIMS) and set(v['equal accuracy']) == {'incomplete', ''} and v['equal samples'][4].startswith('-0.20 [')
     t = show_moves(r)
