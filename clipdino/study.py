@@ -18,6 +18,7 @@ __all__ = ['RESULTS', 'STAGES', 'GALLERY', 'PICTURES', 'TEXTS', 'MATCHINGS', 'NE
 
 # %% ../nbs/07_study.ipynb #30b1e560
 import argparse, math, re, sys, textwrap
+from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, partial
 from inspect import signature
@@ -148,7 +149,7 @@ def patches_of(folders, layer:int)->pd.DataFrame: # finished pre-trainings
 
 # %% ../nbs/07_study.ipynb #fb4bc3b9
 # columns that might be read as numbers: digests among them
-TEXTS = 'run', 'variant', 'colours', 'commit', 'settings', 'data', 'weights', 'encoder_weights', 'saved', 'fingerprint', 'test', 'letter', 'likely', 'calibrated'
+TEXTS = 'run', 'variant', 'colours', 'commit', 'settings', 'data', 'weights', 'encoder_weights', 'llm_weights', 'saved', 'fingerprint', 'test', 'letter', 'likely', 'calibrated'
 
 def read_table(path:Path)->pd.DataFrame:
     if not path.exists(): return pd.DataFrame()
@@ -219,7 +220,8 @@ class Results:
     @cached_property
     def answers(self)->pd.DataFrame:
         t = self._read('vmcbench')
-        t = t.assign(**{k: '' for k in vmcbench.PROTOCOLS.values() if k not in t})  # where all were asked in one way
+        # where all were asked in one way; or before there was a note of the language model's weights
+        t = t.assign(**{k: '' for k in (*vmcbench.PROTOCOLS.values(), 'llm_weights') if k not in t})
         sets = sorted(set(t.questions))
         check(self.asked in sets or not self.asked and len(sets) == 1,
               f'runs of {self.preset} answered the questions {" and ".join(sets)}; asked={self.asked!r} must be one of these')
@@ -231,7 +233,19 @@ class Results:
         check(not lacks, f'the results speak of the VLM {", ".join(sorted(lacks)[:1])}, of which runs_{self.preset}.csv knows nothing')
         other = t[(t.saved != '') & (t.saved != t.vlm.map(of.weights))].vlm
         check(other.empty, f'{", ".join(other[:1])} was trained again since its answers were scored: score it again')
+        for (seed, llm), g in t.groupby(['seed', 'llm']):
+            odd = g.drop_duplicates('llm_weights')
+            check(len(odd) == 1, f'{" and ".join(odd.vlm[:2])}, VLMs of seed {seed}, were made with two copies of the language model {llm}, {" and ".join(w or "not noted" for w in odd.llm_weights[:2])}, so they differ in more than their encoders: make all with one copy')
         return t.assign(variant=[' '.join(filter(None, (v, of.variant[m]))) for v, m in zip(t.variant, t.vlm)])
+    def copies(self)->list: # of lists of seeds
+        "Seeds whose VLMs share a copy of the preset's language model; a small one that is trained again on another processor is another copy"
+        t = self.answers[self.answers.llm == vlm.settings(self.preset).llm]
+        return [sorted(set(g.seed)) for _, g in t.groupby('llm_weights', sort=False)]
+    def of_seeds(self, seeds)->'Results':
+        "The same results with the answers of some seeds' VLMs alone"
+        some = copy(self)
+        some.answers = self.answers[self.answers.seed.isin(seeds)]
+        return some
     @cached_property
     def pairs(self)->pd.DataFrame: return self._read('pairs')
     @cached_property
@@ -613,7 +627,14 @@ def corrected_together(tables:dict)->str: # of `judgements`
 def sensitivity(r:Results)->pd.DataFrame: # columns: claims
     "Effect and verdict of every claim under each of the other choices; empty where a choice is not the claim's"
     def cell(row): return f'{row.effect:+.{DIGITS[row.unit]}f}, {row.verdict}' if row.effect == row.effect else row.verdict
-    return pd.DataFrame({k: judge(r, **how).set_index('claim').apply(cell, axis=1) for k, how in OTHERWISE.items()}).T.reindex(columns=list(CLAIMS)).fillna('')
+    rows = {k: judge(r, **how) for k, how in OTHERWISE.items()}
+    try: copies = r.copies()
+    except SettingsError: copies = []  # there are no VLMs yet
+    for seeds in copies if len(copies) > 1 else ():
+        for way, how in {'': dict(aggregation='twenty'), 'longer stage 2, ': dict(length='longer stage 2')}.items():
+            t = judge(r.of_seeds(seeds), **how)
+            if t.low.notna().any(): rows[f'{way}seeds {", ".join(map(str, seeds))}'] = t
+    return pd.DataFrame({k: t.set_index('claim').apply(cell, axis=1) for k, t in rows.items()}).T.reindex(columns=list(CLAIMS)).fillna('')
 
 # %% ../nbs/07_study.ipynb #8de7418c
 VERDICTS = {'replicated': 'C0', 'reversed': 'C3', 'inconclusive': '.55', 'not shown better': '.8', 'incomplete': 'C4'}

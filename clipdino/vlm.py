@@ -602,6 +602,8 @@ class Parts:
         self.fingerprint = self.encoder.fingerprint  # before it becomes part of the VLM
         self.build()
         self.check_memory()
+        # tells copies of a small language model apart, which two processors train differently; the seed may have made some of the embeddings
+        self.llm_weights = tensors_digest({k: v.cpu() for k, v in self.reader.lm.state_dict().items() if 'embed' not in k})[:12]
         self.processor = make_processor(run, self.encoder, self.tokenizer)
         if run.questions: Form(self.tokenizer, run.template).begins(LETTERS)  # as `Held` will ask for them
         # after all that may be refused: every picture is looked at
@@ -714,7 +716,8 @@ def finish(p:Parts, stages:list, begun:float)->dict:
     p.merge()
     save_vlm(p.vlm, p.processor, p.folder)
     rows = p.metrics.rows()
-    result = dict(name=run.folder_name, preset=run.preset, seed=run.seed, llm=run.llm, connector=run.connector,
+    result = dict(name=run.folder_name, preset=run.preset, seed=run.seed, llm=run.llm, llm_weights=p.llm_weights,
+                  connector=run.connector,
                   encoder=dict(name=e.name, fingerprint=p.fingerprint, size=e.size, dim=e.dim, patches=math.prod(e.grid)),
                   tower=type(p.vlm.model.vision_tower).__name__, image_tokens=picture_tokens(run, e),
                   parameters={k: sum(v.numel() for v in m.parameters())

@@ -129,8 +129,8 @@ def origin(folder:Path|None)->dict:
     "What a run of ours was made from; empty for others' models"
     if folder is None or not (folder/'settings.json').exists(): return {}
     s, r = read_json(folder/'settings.json'), read_json(folder/'result.json')
-    return dict({k: s[k] for k in ('llm', 'seed', 'preset')}, encoder=r['encoder']['name'], encoder_weights=r['encoder']['fingerprint'],
-                saved=saved(folder))
+    return dict({k: s[k] for k in ('llm', 'seed', 'preset')}, llm_weights=r.get('llm_weights', ''), encoder=r['encoder']['name'],
+                encoder_weights=r['encoder']['fingerprint'], saved=saved(folder))
 
 def saved(folder:Path)->str:
     "A digest of the weights that a run saved, whatever precision they are used in"
@@ -492,7 +492,8 @@ def collect(folders)->pd.DataFrame: # finished scoring runs
         letters = {k: ''.join(p[k] if k != 'letter' or p['parsed'] else p[k].lower() for p in told)
                    for k in dict.fromkeys(PROTOCOLS.values()) if k in told[0]}
         rows.append(dict(run=d.name, vlm=v['name'],
-                         **{k: v.get(k, '') for k in ('encoder', 'encoder_weights', 'saved', 'llm', 'preset', 'seed')}, blind=r['blind'],
+                         **{k: v.get(k, '') for k in ('encoder', 'encoder_weights', 'saved', 'llm', 'llm_weights', 'preset', 'seed')},
+                         blind=r['blind'],
                          weights=v['fingerprint'], questions=q['name'], fingerprint=q['fingerprint'],
                          commit=e['commit'], device=e['device'], **letters))
     return pd.DataFrame(rows)

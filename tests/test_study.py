@@ -10,11 +10,11 @@ from scipy.stats import t as student, ttest_1samp
 
 import clipdino.analysis as analysis, clipdino.pretrain as pretrain, clipdino.probe as probe, clipdino.study as study, clipdino.vlm as vlm, clipdino.vmcbench as vmcbench
 from clipdino.analysis import patch_colours
-from clipdino.core import SettingsError, digest, stamp
+from clipdino.core import SettingsError, read_json, digest, stamp
 from clipdino.encoders import load_encoder
 from clipdino.grid import Grid
 from clipdino.questions import GROUPS, LETTERS, VISION
-from clipdino.study import CLAIMS, RESULTS, WAYS, Effect, Results, along, by_seed, collect, corrected_together, deciding, effect, judge, judgements, kinds_of_tasks, like, matched, mean_of, measured, moves, of_length, outcome, read_table, sensitivity, show_moves, told, two_sided, verdicts
+from clipdino.study import CLAIMS, OTHERWISE, RESULTS, WAYS, Effect, Results, along, by_seed, collect, corrected_together, deciding, effect, judge, judgements, kinds_of_tasks, like, matched, mean_of, measured, moves, of_length, outcome, read_table, sensitivity, show_moves, told, two_sided, verdicts
 from clipdino.world import render, scene
 from clipdino.worldvqa import WorldVQA
 
@@ -31,14 +31,14 @@ def letters(share, seed):
     g = np.random.default_rng(seed)
     return ''.join(r['answer'] if g.random() < share(r['category']) else LETTERS[LETTERS.index(r['answer']) - 1] for r in QUESTIONS.rows)
 
-def write(folder, values={}, answers={}, spread=.003, drop=(), more=()):
+def write(folder, values={}, answers={}, spread=.003, drop=(), more=(), seeds=SEEDS):
     "Tables of made-up runs: values by (objective or variant, what), shares of right answers by objective or variant; `more`: (objective, variant), of an encoder if it has samples, images or captions, else of a VLM"
     g, runs, curves, probe, analysis, told = np.random.default_rng(0), [], [], [], [], []
     def ran(run, kind, s, objective='', variant='', **more):
         runs.append(dict(version=RESULTS, run=run, kind=kind, preset='mini', objective=objective, seed=s, variant=variant,
                          settings=variant or OWN[kind, objective], data='d', commit='c', device='cpu', **more))
     for k, (o, variant) in enumerate([(o, '') for o in OBJECTIVES] + list(more)):
-        for s in SEEDS:
+        for s in seeds:
             own, noise, key = variant.startswith(('samples', 'images', 'captions')), lambda: spread*g.normal(), variant or o
             e, w = encoder(o, s) + f'-{variant.replace(" ", "-")}'*own, f'w{o}{s}' + variant*own
             if o != 'untrained' and (own or not variant): ran(e, 'pretrain', s, o, variant, of='', weights=w)
@@ -58,7 +58,7 @@ def write(folder, values={}, answers={}, spread=.003, drop=(), more=()):
                                          readout='class token', value=v, low=v - .01, high=v + .01, commit='c'))
             share = answers.get((o, variant), answers.get(key, answers.get(o, lambda c: .3 if o == 'untrained' else .6)))
             told.append(dict(run=f'vmcbench-{o}-{s}-{variant}', vlm=f'vlm-{o}-{s}-{variant}', encoder=e, encoder_weights=w, saved=w,
-                             llm='world', preset='mini', seed=s, blind=False, weights='', questions=QUESTIONS.name,
+                             llm='world', llm_weights='w', preset='mini', seed=s, blind=False, weights='', questions=QUESTIONS.name,
                              fingerprint=QUESTIONS.fingerprint,
                              **dict.fromkeys(('letter', 'likely', 'calibrated'), letters(share, (s, k)))))
     for k, rows in dict(runs=runs, pretrain=curves, probe=probe, analysis=analysis, vmcbench=told).items():
@@ -101,6 +101,21 @@ def test_choices_that_are_not_a_claims_are_empty(tmp_path):
     t = sensitivity(Results('mini', write(tmp_path, **AS_THE_PAPER)))
     assert list(t.columns) == list(CLAIMS) and t.loc['20 nearest neighbours', '5'] == '' and 'replicated' in t.loc['20 nearest neighbours', '2'] and t.loc['class token alone', '2'] == t.loc['equal accuracy', '2'] == 'incomplete'
     assert 'replicated' in t.loc['generated answers', '5'] and t.loc['generated answers', '3o'] == ''
+    assert list(t.index) == list(OTHERWISE), 'VLMs of one copy of a language model have no rows of their own'
+
+def test_copies_of_a_language_model_are_judged_apart(tmp_path):
+    "Of four seeds, the VLMs of two were made with a copy with which CLIP's read, and the others' with one with which none does"
+    t = pd.read_csv(write(tmp_path, **AS_THE_PAPER, seeds=range(4))/'vmcbench_mini.csv')
+    right = dict(zip(t.run, t.calibrated))
+    poor = t.seed.isin((1, 3))
+    t['llm_weights'] = np.where(poor, 'poor', 'good')
+    t.loc[poor & t.vlm.str.startswith('vlm-clip-'), 'calibrated'] = [right[f'vmcbench-dino-{s}-'] for s in t.seed[poor & t.vlm.str.startswith('vlm-clip-')]]
+    t.to_csv(tmp_path/'vmcbench_mini.csv', index=False)
+    r = Results('mini', tmp_path)
+    s = sensitivity(r)
+    gaps = [float(s.loc[k, '5'].split(',')[0]) for k in ('seeds 0, 2', 'seeds 1, 3')]
+    assert r.copies() == [[0, 2], [1, 3]] and gaps == [pytest.approx(30, abs=8), 0] and s.loc['seeds 1, 3', '1'] == ''
+    assert judge(r.of_seeds([1, 3])).set_index('claim').seeds[['1', '5']].tolist() == [4, 2], 'encoders are the same with any language model'
 
 def test_matched_by_accuracy(tmp_path):
     "CLIP is far ahead at the end; stopped where it classifies like DINO it is no better within families, and the run that was stopped later is not taken"
@@ -337,6 +352,9 @@ def test_results_that_are_refused(tmp_path):
     with pytest.raises(SettingsError, match='vlm-dino-1- was trained again since its answers were scored: score it again'):
         changed(write(tmp_path), 'runs', weights='zzz', where='vlm-dino-1-').answers
     assert len(changed(tmp_path, 'vmcbench', where='vmcbench-dino-1-', saved='').answers) == len(OBJECTIVES)*len(SEEDS), 'scored before it was noted'
+    with pytest.raises(SettingsError, match='vlm-clip-1- and vlm-dino-1-, VLMs of seed 1, were made with two copies of the language model world, not noted and other,'):
+        r = write(tmp_path) and changed(tmp_path, 'vmcbench', where='vmcbench-clip-1-', llm_weights='')
+        changed(tmp_path, 'vmcbench', where='vmcbench-dino-1-', llm_weights='other').answers
 
 def test_results_that_do_not_belong_together_are_refused(tmp_path):
     with pytest.raises(SettingsError, match='probe-clip-0-: made with other settings than the preset mini stands for now'):
@@ -531,6 +549,7 @@ def test_real_runs_become_tables(tmp_path, monkeypatch, capsys):
     assert set(t['vmcbench'].run) == {'score-vlm-clip-smoke-s0', 'renamed-s1'} <= set(runs.index)
     assert runs.variant['clip-smoke-s0'] == runs.variant['vlm-clip-smoke-s0'] == '' and runs.variant['vlm-clip-smoke-s1'] == 'connector=linear' and runs.settings['clip-smoke-s0'] == runs.settings['clip-smoke-s1']
     answers = t['vmcbench'].set_index('encoder').loc['clip-smoke-s1']
+    assert answers.llm_weights == read_json(tmp_path/'runs/vlm-clip-smoke-s1/result.json')['llm_weights'] != ''
     assert runs.weights['clip-smoke-s1'] == answers.encoder_weights != runs.weights['clip-smoke-s0'] and runs.weights['vlm-clip-smoke-s1'] == answers.saved != runs.weights['vlm-clip-smoke-s0']
     patches, e = t['patches'].set_index(['encoder', 'i']), load_encoder('clip-smoke-s0')
     images = np.stack([render(scene(0, 'test', i, 'mixed'), 96) for i in range(6)])

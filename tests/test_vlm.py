@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 from clipdino.chat import Form, LlavaJson, TEMPLATES, render
 from clipdino.core import Metrics, SettingsError, generator
 from clipdino.encoders import load_encoder
-from clipdino.pretrain import NonFinite, accelerator, arguments, pretrain, settings as clip_settings
+from clipdino.pretrain import NonFinite, accelerator, arguments, pretrain, settings as clip_settings, tensors_digest
 from clipdino.questions import prompt, squares
 from clipdino.vlm import CONNECTORS, Parts, Reader, Seen, Stage, main, make_chats, make_processor, make_vlm, open_llm, rate, settings, tower_of, tower_tokens, train, train_vlm
 from clipdino.vmcbench import load_vlm
@@ -243,6 +243,7 @@ def test_vlms_on_encoders_of_other_libraries_open_again(tmp_path, case):
     assert not info['unexpected_keys'] and all('pooler' in k for k in info['missing_keys'])
     e, x = load_encoder(TOWERS[case][0](tmp_path/'f')), torch.randn(2, 3, 32, 32, generator=generator(1))
     assert e.fingerprint == result['encoder']['fingerprint']
+    assert result['llm_weights'] == tensors_digest({k: v for k, v in open_llm('world', 'smoke', 0)[0].base_model.state_dict().items() if 'embed' not in k})[:12]
     torch.testing.assert_close(tower_tokens(model.model.vision_tower.eval(), x, -2), e.tokens(x, (-2,))[0][1], atol=1e-4, rtol=1e-4)
 
 def test_a_layer_that_no_connector_fits_is_refused():

@@ -515,7 +515,7 @@ def test_what_is_no_model_is_refused(folder, tmp_path):
     (tmp_path/'runs/begun/settings.json').write_text('{"encoder": "runs/clip-mini-s0", "llm": "x", "seed": 1, "preset": "mini"}')
     with pytest.raises(SettingsError, match='the run begun is not finished: it has no result.json'): load_vlm('begun')
     (tmp_path/'runs/begun/result.json').write_text('{"encoder": {"name": "clip-mini-s0", "fingerprint": "f"}}')
-    assert load_vlm('begun').about['encoder'] == 'clip-mini-s0' and load_vlm('begun').about['encoder_weights'] == 'f' and load_vlm('begun').fingerprint == load_vlm(folder).fingerprint
+    assert load_vlm('begun').about['encoder'] == 'clip-mini-s0' and load_vlm('begun').about['encoder_weights'] == 'f' and load_vlm('begun').about['llm_weights'] == '' and load_vlm('begun').fingerprint == load_vlm(folder).fingerprint
     assert load_vlm('begun').about['saved'] == load_vlm('begun', precision='bf16').about['saved'] == saved(folder)
     weights = load_file(tmp_path/'runs/begun/model.safetensors')
     save_file({k: v for k, v in weights.items() if 'projector.linear_2.bias' not in k}, tmp_path/'runs/begun/model.safetensors',
