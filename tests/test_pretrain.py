@@ -2,11 +2,19 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from helpers import Noise
+from PIL import Image
+from torch.nn import functional as F
+from torchvision.transforms import InterpolationMode, functional as TF
 
 from clipdino.core import SettingsError, read_json, write_json
-from clipdino.pretrain import OBJECTIVES, NonFinite, Trainer, accelerator, ahead, check_settings, clip_gradients, complete, cost, final_scores, finish, fit, open_encoder, ranks, schedule, settings, state_tensors, tensors_digest
+from clipdino.data import loader
+from clipdino.pretrain import OBJECTIVES, NonFinite, Trainer, accelerator, ahead, check_settings, clip_gradients, complete, cost, final_scores, finish, fit, make_probe, make_source, open_encoder, ranks, retrieval, schedule, settings, state_tensors, tensors_digest
+from clipdino.views import centre
+from clipdino.world import POLICIES, World
 
 def smoke(objective, name, **given): return settings('smoke', objective, **{'name': name, 'probes': 0, 'save_every': 32, **given})
 
@@ -51,20 +59,27 @@ def test_views_made_by_workers_are_the_same(tmp_path, objective):
     assert [r['loss'] for r in a.metrics.rows()] == [r['loss'] for r in b.metrics.rows()]
 
 def test_seeds_differ_and_repeat(tmp_path):
-    a, b, c = (trained(smoke('dino', k, seed=s), tmp_path/k) for k, s in (('a', 0), ('b', 0), ('c', 1)))
-    losses = [[r['loss'] for r in t.metrics.rows()] for t in (a, b, c)]
-    assert losses[0] == losses[1] != losses[2]
+    "In the weights, the order of pictures, their views and the keys of drop path, each alone"
+    raw, seen = next(iter(loader(make_source(smoke('dino', 'x')), 16, 0))), []
+    for i, s in enumerate((0, 0, 1)):
+        (tmp_path/f'{i}').mkdir()
+        t, keys = Trainer(smoke('dino', 'x', seed=s), tmp_path/f'{i}'), []
+        seen.append([tensors_digest(state_tensors(t.objective, t.opt)), next(iter(t.batches()))['ids'].tolist(),
+                     (b := t.add_views(raw))['views'][0].tolist(), keys])
+        t.model = lambda views, tokens, k: keys.append(k.tolist()) or {}
+        with pytest.raises(Exception, match='must return `loss`'): t.gradients(b)
+    for a, b, c in zip(*seen): assert a == b != c
 
 @pytest.mark.parametrize('objective', OBJECTIVES)
 def test_the_exported_encoder_is_the_trained_one(tmp_path, objective):
-    "Its weights bit by bit; its features up to rounding, as it makes the last block for all tokens"
+    "Bit by bit DINO's teacher, as in its paper, else what CLIP trains; its features up to rounding, as it makes the last block for all tokens"
     t = trained(smoke(objective, 'x'), tmp_path)
     finish(t, {}, 0.)
-    x = torch.rand(3, 3, 32, 32)
-    out = open_encoder(tmp_path)
-    assert out.state_dict().keys() == t.encoder.state_dict().keys() and all(torch.equal(v, t.encoder.state_dict()[k])
-                                                                            for k, v in out.state_dict().items())
-    with torch.no_grad(): torch.testing.assert_close(out(x), t.encoder.eval()(x))
+    x, o, out = torch.rand(3, 3, 32, 32), t.objective, open_encoder(tmp_path)
+    kept, other = (o.teacher, o.encoder) if objective == 'dino' else (o.encoder, getattr(o, 'teacher', None))
+    def same(net): return out.state_dict().keys() == net.state_dict().keys() and all(torch.equal(v, net.state_dict()[k]) for k, v in out.state_dict().items())
+    assert same(kept) and (other is None or not same(other))
+    with torch.no_grad(): torch.testing.assert_close(out(x), kept.eval()(x))
     assert sorted(p.name for p in tmp_path.iterdir()) == ['bad.jsonl', 'config.json', 'metrics.jsonl', 'model.safetensors',
                                                           'objective.safetensors', 'result.json', 'settings.json']
 
@@ -121,6 +136,36 @@ def test_the_untrained_encoder_is_the_one_that_a_run_began_as(tmp_path, monkeypa
     trained, untrained = probed
     assert trained is t.encoder and all(torch.equal(v, t.encoder.state_dict()[k]) for k, v in untrained.state_dict().items())
 
+@pytest.mark.parametrize('policy', POLICIES)
+def test_a_run_sees_pictures_of_the_split_train_described_as_it_says(policy):
+    assert make_source(settings('smoke', captions=policy)).fingerprint == World('train', 128, 32, captions=policy).fingerprint
+
+def test_pictures_that_probes_are_fitted_and_tested_on(tmp_path, monkeypatch):
+    "Fitted on the split `probe`; tested on `val` during a run, and on `test` at its end"
+    run, asked = smoke('clip', 'x', probes=1), []
+    for split in 'val', 'test':
+        for kind, parts in make_probe(run, split).sets.items():
+            for (images, _, y), own in zip(parts, ('probe', split)):
+                w = World(own, len(y), run.canvas, kinds=kind)
+                assert (images[:] == w.images[:]).all() and (y.numpy() == w.labels[kind]).all()
+    monkeypatch.setattr('clipdino.pretrain.make_probe', lambda run, split='val': asked.append(split))
+    final_scores(Trainer(run, tmp_path))
+    assert asked == ['val', 'test']
+
+def test_the_centre_of_a_picture_that_is_no_square():
+    "As torchvision crops and resizes it, wherever the canvas around it ends"
+    g = np.random.default_rng(0)
+    for h, w in (40, 64), (64, 40):
+        canvas = np.zeros((1, 64, 64, 3), np.uint8)
+        canvas[0, :h, :w] = g.integers(0, 256, (h, w, 3))
+        theirs = TF.to_tensor(TF.resized_crop(Image.fromarray(canvas[0]), (h - 40)//2, (w - 40)//2, 40, 40, (32, 32), InterpolationMode.BICUBIC))
+        assert (centre(torch.from_numpy(canvas), torch.tensor([[h, w]]), 32, (0,)*3, (1,)*3)[0] - theirs).abs().max() < 1.01/255
+
+def test_samples_and_the_last_loss_are_noted(tmp_path):
+    t = trained(smoke('clip', 'x'), tmp_path)
+    rows, result = t.metrics.rows(), finish(t, {}, 0.)
+    assert [r['samples'] for r in rows] == [16*r['step'] for r in rows] and result['loss'] == rows[-1]['loss'] != rows[0]['loss']
+
 @pytest.mark.parametrize('objective', ['clip', 'hybrid'])
 def test_costs_do_not_depend_on_the_parts_of_a_batch(objective):
     assert cost(smoke(objective, 'x', micro=3)) == cost(smoke(objective, 'x')) and cost(smoke(objective, 'x'))['activations_mb'] > 0
@@ -130,6 +175,14 @@ def test_learning_beats_the_start(tmp_path):
     for o, loss in ('clip', 'loss'), ('siglip', 'loss'), ('clip-lm', 'loss'), ('hybrid', 'loss_clip'):
         rows = trained(smoke(o, 'x', samples=1024, lr=3e-3, save_every=2048), tmp_path/o).metrics.rows()
         assert sum(r[loss] for r in rows[-8:]) < .97*sum(r[loss] for r in rows[:8]), o
+
+@pytest.mark.parametrize('objective', ['clip', 'siglip', 'hybrid'])
+def test_the_scale_stays_between_1_and_100(tmp_path, objective):
+    t = Trainer(smoke(objective, 'x'), tmp_path)
+    for start, end in (9., 100.), (-3., 1.):
+        with torch.no_grad(): t.objective.log_scale.fill_(start)
+        t.update(next(iter(t.batches())))
+        assert t.objective.log_scale.exp().item() == pytest.approx(end)
 
 def test_dino_teacher_centre_and_schedules(tmp_path):
     "Two steps against the formulas, by hand"
@@ -221,6 +274,24 @@ def test_ranks_of_own_keys():
     s = q @ k.T
     assert ranks(q, k, batch=5).tolist() == [sum(float(x) > float(row[i]) for x in row) for i, row in enumerate(s)]
     assert ranks(q, q, batch=7).tolist() == [0]*23 and ranks(torch.ones(5, 4), torch.ones(5, 4), batch=2).tolist() == [2]*5, 'what is all the same is in the middle'
+
+def test_recall_by_hand():
+    "Of images that look for captions, and of captions that look for images"
+    x, t = (F.normalize(torch.randn(40, 3, generator=torch.Generator().manual_seed(k)), dim=1) for k in (0, 1))
+    o = SimpleNamespace(eval=lambda: o, parameters=lambda: iter([x]), embed_image=lambda v: x, embed_text=lambda v: t,
+                        text=SimpleNamespace(tokenize=lambda c: torch.zeros(1)))
+    class Forty(Noise):
+        def __len__(self): return 40
+    got = retrieval(SimpleNamespace(objective=o, acc=SimpleNamespace(device='cpu'), run=SimpleNamespace(image_size=32)), Forty())
+    for way, s in ('image_to_text', x @ t.T), ('text_to_image', t @ x.T):
+        best = s.argsort(dim=1, descending=True)
+        for k in 1, 5, 10: assert got[f'{way}_recall@{k}'] == pytest.approx(np.mean([i in best[i, :k] for i in range(40)])), (way, k)
+    assert got['image_to_text_recall@10'] != got['text_to_image_recall@10']
+
+def test_settings_reach_the_optimiser(tmp_path):
+    t = Trainer(smoke('clip', 'x', beta2=.5, eps=1e-3, weight_decay=.3, weight_decay_end=.3), tmp_path)
+    t.update(next(iter(t.batches())))
+    assert [(g['betas'], g['eps'], g['weight_decay']) for g in t.opt.param_groups] == [((.9, .5), 1e-3, .3), ((.9, .5), 1e-3, 0.)]
 
 def test_gradients_are_clipped_together_or_each_alone():
     for per, want in ('model', [.6, .8]), ('parameter', [1., 1.]):
