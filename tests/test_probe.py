@@ -1,6 +1,7 @@
 "Probing and analysing: the cache of features, whole runs on every kind of data, and what is refused."
 import os, resource, shutil, subprocess, sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,7 +13,8 @@ from PIL import Image
 import clipdino.analysis as analysis
 import clipdino.probe as probe
 from clipdino.core import CannotWrite, SettingsError, cache_dir, run_dir, write_json
-from clipdino.encoders import load_encoder
+from clipdino.encoders import TimmEncoder, load_encoder
+from clipdino.objectives import make_encoder
 from clipdino.pretrain import Probe, labelled_task, pretrain, settings as pretrain_settings
 from clipdino.readouts import report
 from helpers import shard
@@ -77,17 +79,18 @@ def test_features_of_pictures_that_processes_read(monkeypatch):
         monkeypatch.setattr(probe, 'readers', lambda device: n)
         with pytest.raises(SettingsError, match='^picture 16 is broken$'): probe.features(e, s, batch=16)
 
-@pytest.mark.parametrize('what', ['weights', 'data', 'layer', 'size', 'mean', 'activation'])
+@pytest.mark.parametrize('what', ['weights', 'data', 'layer', 'size', 'mean', 'std', 'activation'])
 def test_features_are_stale_when_anything_differs(what):
-    e, s, layer = load_encoder(ENCODER), Set(), -1
-    x = np.array(probe.features(e, s))
-    e = load_encoder(ENCODER)
+    def made(): return TimmEncoder('e', make_encoder('clipdino_vit_smoke', 32, 0), 32)  # which takes pictures of any size
+    s, layer = Set(), -1
+    x, e = np.array(probe.features(made(), s)), made()
     if what == 'weights':
         with torch.no_grad(): e.model.blocks[0].mlp.fc1.weight[0, 0] += .5
     if what == 'data': s.fingerprint, s.images = 'other', 255 - s.images
     if what == 'layer': layer = 1
-    if what == 'size': s.images = s.images[:, :24, :24]; s.fingerprint = 'smaller'
+    if what == 'size': e.size = 48
     if what == 'mean': e.mean = (.4, .5, .5)
+    if what == 'std': e.std = (.4, .5, .5)
     if what == 'activation':
         for b in e.model.blocks: b.mlp.act = torch.nn.Tanh()  # as QuickGELU for GELU: the weights are the same
     assert not np.allclose(probe.features(e, s, layer=layer), x) and len(files()) == 2
@@ -162,15 +165,44 @@ print(anonymous() - before)
                                env=dict(os.environ, PYTHONPATH=str(Path(probe.__file__).parent.parent))).stdout)
     assert grown < 40_000, f'{grown} kB'
 
+# tasks
+
+def test_tasks_of_the_world_are_tested_on_other_pictures():
+    e, run = load_encoder(ENCODER), probe.settings('smoke')
+    for t in probe.world_tasks(e, run):
+        assert t.test.world.split == 'test', t.name
+        assert (t.x_test == probe.features(e, t.test)[slice(None) if t.rows is None else t.rows]).all()
+        assert not (t.x[:, None, 0] == t.x_test[None, :, 0]).all(-1).any(), 'a picture is in training and test'
+
+@pytest.mark.parametrize('where', [0, 1])
+def test_which_features_a_readout_reads(where):
+    "All but `linear` read the class token alone"
+    g, y = np.random.default_rng(0), np.arange(200) % 2
+    def made():
+        x = g.normal(size=(200, 2, 8)).astype(np.float32)
+        x[:, where, 0] += 12*y - 6
+        return x
+    r, *_ = probe.probe_task(probe.Task('t', ('a', 'b'), made(), y, made(), y, None), SimpleNamespace(has_text=False),
+                             probe.settings('smoke', encoder='e'), {})
+    assert r['linear']['top1'] > .95 and r['linear_cls']['setting']['readout'] == 'cls'
+    for top1 in r['linear_cls']['top1'], r['knn']['top1'], r['few_shot']['10']['top1']: assert (top1 > .95) == (where == 0), r
+
+def test_families_are_pooled_by_pictures():
+    "One of six counts three times as much as one of two"
+    results = {f'within {k}': dict(test=k, knn=dict(top1=float(np.mean(v)), chance=c, pictures=len(v))) for k, v, c in (('a', [1, 1], .5), ('b', [0]*6, .25))}
+    right = {'within a': dict(knn=np.ones(2, bool)), 'within b': dict(knn=np.zeros(6, bool))}
+    out, ok = probe.pool(results, right)
+    assert out['knn']['top1'] == .25 and out['knn']['chance'] == (.5*2 + .25*6)/8 and ok['knn'].sum() == 2
+
 # probing runs
 
 def test_a_probing_run_on_the_world(capsys):
     pretrain(pretrain_settings('smoke', 'clip', name='c'))
-    a = probe.probe(probe.settings('smoke', encoder='c', authors=True))
+    a = probe.probe(probe.settings('smoke', encoder='c'))
     t = a['tasks']
     assert {'object', 'word', 'colour', 'background', 'texture', 'style', 'count', 'position', 'within families', 'within chess',
             'maps of world'} <= set(t)
-    assert {'linear', 'linear_cls', 'authors', 'knn', 'zero_shot', 'tried'} <= set(t['object']) and t['position']['few_shot'].keys() >= {'1', '2'}
+    assert {'linear', 'linear_cls', 'knn', 'zero_shot', 'tried'} <= set(t['object']) and t['position']['few_shot'].keys() >= {'1', '2'}
     for r in t.values():
         for how in ('linear', 'knn', 'zero_shot'):
             if how in r: assert r[how]['interval'][0] <= r[how]['top1'] <= r[how]['interval'][1] and 0 < r[how]['chance'] < 1
@@ -180,15 +212,21 @@ def test_a_probing_run_on_the_world(capsys):
     with np.load('runs/probe-c/right.npz') as f: assert abs(f['object/linear'].mean() - t['object']['linear']['top1']) < 1e-6
     b = probe.probe(probe.settings('smoke', encoder='random:c', name='b', against='probe-c'))
     d = {(r['task'], r['how']): r for r in b['against']['differences']}
-    assert d['object', 'knn']['difference'] == pytest.approx(b['tasks']['object']['knn']['top1'] - t['object']['knn']['top1']) and ('object', 'zero_shot') not in d
+    assert d['object', 'knn']['difference'] == pytest.approx(b['tasks']['object']['knn']['top1'] - t['object']['knn']['top1'], abs=1e-6) and ('object', 'zero_shot') not in d
     before = Path('runs/probe-c/result.json').read_bytes()
-    assert probe.probe(probe.settings('smoke', encoder='c', authors=True)) == a and 'is complete' in capsys.readouterr().out
-    assert probe.probe(probe.settings('smoke', encoder='c', name='probe-c', authors=True)) == a, 'the name that it has anyway'
+    assert probe.probe(probe.settings('smoke', encoder='c')) == a and 'is complete' in capsys.readouterr().out
+    assert probe.probe(probe.settings('smoke', encoder='c', name='probe-c')) == a, 'the name that it has anyway'
     with pytest.raises(SettingsError, match='begun with other settings: train was 96 and is now 128'):
-        probe.probe(probe.settings('smoke', encoder='c', authors=True, train=128))
+        probe.probe(probe.settings('smoke', encoder='c', train=128))
     shutil.rmtree('runs/probe-c')
-    again = probe.probe(probe.settings('smoke', encoder='c', authors=True))
+    again = probe.probe(probe.settings('smoke', encoder='c'))
     assert {k: v for k, v in again.items() if k != 'environment'} == {k: v for k, v in a.items() if k != 'environment'}
+
+def test_the_authors_protocol_beside_the_other_readouts(tmp_path):
+    "And the same when it is made again"
+    picture_folder(tmp_path/'mine')
+    a, b = (probe.probe(probe.settings('smoke', encoder=ENCODER, name=n, data=f'{tmp_path}/mine', authors=True))['tasks']['mine'] for n in 'ab')
+    assert a == b and {'linear', 'linear_cls', 'authors', 'knn'} <= set(a) and a['authors']['pictures'] == 24
 
 def test_folders_shifted_sets_and_maps(tmp_path):
     picture_folder(tmp_path/'mine')
