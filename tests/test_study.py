@@ -1,7 +1,8 @@
 "From result files to verdicts: made-up results of which the verdict is known, and results that must be refused."
-import json, math, re
+import json, math, re, shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -10,11 +11,11 @@ from scipy.stats import t as student, ttest_1samp
 
 import clipdino.analysis as analysis, clipdino.pretrain as pretrain, clipdino.probe as probe, clipdino.study as study, clipdino.vlm as vlm, clipdino.vmcbench as vmcbench
 from clipdino.analysis import patch_colours
-from clipdino.core import SettingsError, read_json, digest, stamp
+from clipdino.core import SettingsError, read_json, digest, stamp, write_json
 from clipdino.encoders import load_encoder
 from clipdino.grid import Grid
-from clipdino.questions import GROUPS, LETTERS, VISION
-from clipdino.study import CLAIMS, OTHERWISE, RESULTS, WAYS, Effect, Results, along, by_seed, collect, corrected_together, deciding, effect, judge, judgements, kinds_of_tasks, like, matched, mean_of, measured, moves, of_length, outcome, read_table, sensitivity, show_moves, told, two_sided, verdicts
+from clipdino.questions import GROUPS, LETTERS, VISION, Questions
+from clipdino.study import CLAIMS, OTHERWISE, RESULTS, WAYS, Claim, Effect, Results, along, by_seed, collect, corrected_together, deciding, effect, judge, judgements, kinds_of_tasks, like, matched, mean_of, measured, moves, of_length, on_average, outcome, probed, read_table, sensitivity, show_moves, told, two_sided, verdicts
 from clipdino.world import render, scene
 from clipdino.worldvqa import WorldVQA
 
@@ -97,13 +98,15 @@ def test_encoders_that_learned_nothing_are_not_compared(tmp_path):
     v = verdicts(dict(one=t.reset_index(), other=t.iloc[:1].reset_index())).set_index('')
     assert v.one['7t'].endswith('], CLIP not shown better than untrained, 3 seeds') and v.other['1'].endswith('CLIP and DINO not shown better than untrained, 3 seeds') and v.other['2'] == ''
 
-def test_choices_that_are_not_a_claims_are_empty(tmp_path):
+def test_choices_that_are_not_a_claims_are_empty(tmp_path, monkeypatch):
+    some = {k: OTHERWISE[k] for k in ('equal accuracy', 'class token alone', '20 nearest neighbours', 'generated answers')}
+    monkeypatch.setattr(study, 'OTHERWISE', some)
     t = sensitivity(Results('mini', write(tmp_path, **AS_THE_PAPER)))
     assert list(t.columns) == list(CLAIMS) and t.loc['20 nearest neighbours', '5'] == '' and 'replicated' in t.loc['20 nearest neighbours', '2'] and t.loc['class token alone', '2'] == t.loc['equal accuracy', '2'] == 'incomplete'
     assert 'replicated' in t.loc['generated answers', '5'] and t.loc['generated answers', '3o'] == ''
-    assert list(t.index) == list(OTHERWISE), 'VLMs of one copy of a language model have no rows of their own'
+    assert list(t.index) == list(some), 'VLMs of one copy of a language model have no rows of their own'
 
-def test_copies_of_a_language_model_are_judged_apart(tmp_path):
+def test_copies_of_a_language_model_are_judged_apart(tmp_path, monkeypatch):
     "Of four seeds, the VLMs of two were made with a copy with which CLIP's read, and the others' with one with which none does"
     t = pd.read_csv(write(tmp_path, **AS_THE_PAPER, seeds=range(4))/'vmcbench_mini.csv')
     right = dict(zip(t.run, t.calibrated))
@@ -112,6 +115,7 @@ def test_copies_of_a_language_model_are_judged_apart(tmp_path):
     t.loc[poor & t.vlm.str.startswith('vlm-clip-'), 'calibrated'] = [right[f'vmcbench-dino-{s}-'] for s in t.seed[poor & t.vlm.str.startswith('vlm-clip-')]]
     t.to_csv(tmp_path/'vmcbench_mini.csv', index=False)
     r = Results('mini', tmp_path)
+    monkeypatch.setattr(study, 'OTHERWISE', {'equal samples': {}})
     s = sensitivity(r)
     gaps = [float(s.loc[k, '5'].split(',')[0]) for k in ('seeds 0, 2', 'seeds 1, 3')]
     assert r.copies() == [[0, 2], [1, 3]] and gaps == [pytest.approx(30, abs=8), 0] and s.loc['seeds 1, 3', '1'] == ''
@@ -231,16 +235,18 @@ def test_what_claims_say_in_words(tmp_path):
 @pytest.mark.parametrize('length, most, between, wrong',
                          [('shorter stage 1', 'stage1_samples=16384', 'stage1_samples=32768', 'stage1_samples=262144'),
                           ('longer stage 2', 'stage2_samples=524288', 'stage2_samples=262144', 'stage2_samples=16384')])
-def test_vlms_trained_in_another_length(tmp_path, length, most, between, wrong):
+def test_vlms_trained_in_another_length(tmp_path, monkeypatch, length, most, between, wrong):
     "In the preset's time CLIP's VLM reads; in the other none does, and there is nothing to compare"
     blind = lambda c: .3
     more = [(o, v) for v in (most, between) for o in ('clip', 'dino', 'untrained')]
     r = Results('mini', write(tmp_path,
                               answers=dict(clip=lambda c: .8 if c in GROUPS['OCR'] else .3, dino=blind) | {(o, most): blind for o in ('clip', 'dino', 'untrained')}, more=more))
+    monkeypatch.setattr(study, 'OTHERWISE', {k: OTHERWISE[k] for k in ('equal samples', length)})
     assert judge(r).set_index('claim').verdict['5'] == 'replicated' and (t := judge(r, length=length)).claim.tolist() == ['5', '6', '6v'] and t.verdict[0] == 'not shown better'
     assert sensitivity(r).loc[length, '5'].endswith('not shown better') and set(along(r, most.split('=')[0]).value) == {'131072', *(v.split('=')[1] for v in (most, between))}
     if length in WAYS:
-        assert verdicts(judgements(r)).set_index('')[length]['5'].endswith('CLIP not shown better than untrained, 3 seeds') and f'{length.capitalize()}: ' in told(judgements(r), '5').data
+        tables = judgements(r)
+        assert verdicts(tables).set_index('')[length]['5'].endswith('CLIP not shown better than untrained, 3 seeds') and f'{length.capitalize()}: ' in told(tables, '5').data
     with pytest.raises(SettingsError, match=f'no VLMs with a {length}, {most}: the study {length[-7:].replace(" ", "")} has them'):
         of_length(Results('mini', write(tmp_path, more=[('clip', wrong)])), length)
     early = 'samples=24576 warmup=0.8'
@@ -316,6 +322,13 @@ def test_seeds_that_agree_and_share_nothing():
 def test_tests_by_hand(value, se, sign, verdict, p):
     got, shows = outcome(Effect(value, (value,), se), sign)
     assert shows == verdict and got == pytest.approx(p, rel=.01)
+
+def test_verdicts_take_holms_correction(monkeypatch):
+    "Not Benjamini and Hochberg's, and not none: at 5% each alone would be shown"
+    monkeypatch.setattr(study, 'CLAIMS', {str(z): Claim(str(z), '', '', 1, lambda r, z=z: Effect(z, (z, z), 1.)) for z in (3., 2.2, 2.1)})
+    t = judge(None)
+    assert t.alone.tolist() == pytest.approx([.0027, .0278, .0357], rel=.01) and t.p.tolist() == pytest.approx([.0081, .0556, .0556], rel=.01)
+    assert t.verdict.tolist() == ['replicated', 'inconclusive', 'inconclusive']
 
 def test_intervals_cover():
     "Three seeds of pictures that all share: about 95% of 400 intervals hold the truth, and not all"
@@ -406,6 +419,20 @@ def test_what_is_averaged_has_the_same_seeds():
 def test_differences_on_the_same_pictures_share_their_error():
     a = pd.Series([1., 2., 3.])
     assert mean_of([(a, .3), (a, .1)]).within == pytest.approx(.2)
+
+def test_the_error_of_a_difference_is_of_both_encoders():
+    "Found from the intervals of 95%"
+    t = pd.DataFrame([dict(objective=o, seed=s, value=.5, low=.5 - 1.95996*se, high=.5 + 1.95996*se) for o, se in (('clip', .03), ('dino', .04)) for s in range(3)])
+    assert by_seed(t, 'clip', 'dino', 'probe')[1] == pytest.approx(.05, rel=1e-4)
+
+def test_the_error_of_a_probe_is_in_points(tmp_path):
+    assert probed(Results('mini', write(tmp_path)), 'object', 'clip', 'dino').within == pytest.approx(100*.002*2**.5/1.95996, rel=1e-3)
+
+def test_the_error_of_questions_is_that_of_their_mean():
+    "Of 400 questions, of which all seeds answer the same quarter"
+    r = SimpleNamespace(questions=Questions('q', 'f', [dict(category='GQA', answer='A')]*400))
+    e = on_average(r, ['GQA'], np.tile(np.arange(400) % 4 == 0, (3, 1)).astype(float), 'questions')
+    assert e.seeds == (25, 25, 25) and e.within == pytest.approx(100*(.25*.75/400)**.5, rel=.04)
 
 @pytest.mark.parametrize('k, ours, theirs', [('test', 'a', 'b'), ('pictures', 4096, 64), ('chance', .01, .5)])
 def test_other_pictures_are_not_compared(k, ours, theirs):
@@ -527,7 +554,7 @@ def test_real_runs_become_tables(tmp_path, monkeypatch, capsys):
         program(pretrain, f'--seed {s}')
         program(vlm, f'--encoder {"runs/"*s}clip-smoke-s{s} --name vlm-clip-smoke-s{s} --seed {s} --questions 0 --connector {"linear" if s else "mlp"}')
         program(vmcbench, f'--vlm vlm-clip-smoke-s{s} --how likelihood')
-    for options in '--encoder runs/clip-smoke-s0 --name probe-clip-smoke-s0', '--encoder random:clipdino_vit_smoke': program(probe, options)
+    program(probe, '--encoder runs/clip-smoke-s0 --name probe-clip-smoke-s0')
     program(analysis, '--encoders clip-smoke-s0,clip-smoke-s1')
     shown = {r['name']: r for r in map(json.loads, re.findall(r'^{"name".*', capsys.readouterr().out, re.M))}
     assert shown.keys() == {d.parent.name for d in (tmp_path/'runs').glob('*/result.json')}
@@ -539,10 +566,12 @@ def test_real_runs_become_tables(tmp_path, monkeypatch, capsys):
     (tmp_path/'runs/cut').mkdir()
     for f in 'settings.json', 'result.json': (tmp_path/'runs/cut'/f).write_text('{')
     (tmp_path/'runs/score-vlm-clip-smoke-s1').rename(tmp_path/'runs/renamed-s1')
+    shutil.copytree(tmp_path/'runs/probe-clip-smoke-s0', tmp_path/'runs/foreign')
+    write_json(f := tmp_path/'runs/foreign/settings.json', read_json(f) | dict(encoder='random:clipdino_vit_smoke'))  # which is no run
     to = tmp_path/'tables'
     to.mkdir()
     collect('smoke', to=to)
-    assert re.search(r'cut is left out: .*settings.json is damaged.*\nprobe-random-clipdino_vit_smoke is left out: random:clipdino_vit_smoke is not among the runs of the preset smoke that were gathered', capsys.readouterr().out)
+    assert re.search(r'cut is left out: .*settings.json is damaged.*\nforeign is left out: random:clipdino_vit_smoke is not among the runs of the preset smoke that were gathered', capsys.readouterr().out)
     t = {f.name.removesuffix('_smoke.csv'): read_table(f) for f in to.iterdir()}
     assert set(t) == {'runs', 'pretrain', 'probe', 'analysis', 'pairs', 'vmcbench', 'questions', 'patches'} and sorted(t['runs'].kind) == ['analysis', 'pretrain', 'pretrain', 'probe', 'vlm', 'vlm', 'vmcbench', 'vmcbench']
     runs = t['runs'].set_index('run')
