@@ -14,16 +14,19 @@ from test_chat import DATES, said as turns, written
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
 from clipdino.chat import Form, LlavaJson, TEMPLATES, render
 from clipdino.core import Metrics, SettingsError, generator
 from clipdino.encoders import load_encoder
+from clipdino.objectives import MEAN
 from clipdino.pretrain import NonFinite, accelerator, arguments, pretrain, settings as clip_settings, tensors_digest
-from clipdino.questions import prompt, squares
-from clipdino.vlm import CONNECTORS, Parts, Reader, Seen, Stage, main, make_chats, make_processor, make_vlm, open_llm, rate, settings, tower_of, tower_tokens, train, train_vlm
-from clipdino.vmcbench import load_vlm
+from clipdino.questions import LETTERS, prompt, squares
+from clipdino.vlm import CONNECTORS, Held, Parts, Pool, Reader, Resampler, Seen, Stage, WORLD_ROWS, main, make_chats, make_processor, make_vlm, open_llm, rate, save_vlm, settings, tower_of, tower_tokens, train, train_vlm
+from clipdino.vmcbench import answers, load_vlm
+from clipdino.world import World
 from clipdino.worldvqa import WorldVQA
 
 context.set_forkserver_preload(['clipdino.vlm'])
@@ -270,6 +273,24 @@ def test_encoder_and_language_model_stay_as_they_were_until_they_are_trained():
     folder, _ = trained('frozen-run', encoder=MINI)
     assert same(load_vlm(folder).model.model.vision_tower.state_dict(), tower)
 
+def test_vlms_are_trained_on_training_pictures():
+    "With captions and questions as the run says; held-out questions are of `val`"
+    run, (n, m) = smoke('data', captions='full', answers='text', questions=8), WORLD_ROWS['smoke']
+    captions, questions = (make_chats(run, k, MEAN) for k in (1, 2))
+    assert captions.world.fingerprint == World('train', n, run.canvas, captions='full').fingerprint
+    assert questions.pictures.fingerprint == WorldVQA('train', m, run.canvas).fingerprint and questions.answers == 'text'
+    assert Held(parts(run)).questions.fingerprint == WorldVQA('val', 8, run.canvas).fingerprint
+
+def test_held_out_questions_are_answered_as_in_scoring(tmp_path):
+    "By the likeliest letter, whatever is asked beside them"
+    p = parts(smoke('held', questions=40))
+    noisy(p.reader.connector)  # for pictures that make a difference
+    held = Held(p)
+    right = held(batch=7)
+    save_vlm(p.vlm, p.processor, tmp_path)
+    rows = next(answers(load_vlm(tmp_path), held.questions, [list(range(40))], how='likelihood'))
+    assert right.tolist() == [LETTERS[int(np.argmax(r['scores']))] == r['answer'] for r in rows] and 0 < right.sum() < 40
+
 @pytest.mark.parametrize('connector', CONNECTORS)
 def test_a_connector_begins_as_its_seed_says(connector):
     "Whatever the encoder's and the language model's weights are, and whatever was drawn before"
@@ -283,6 +304,13 @@ def test_a_connector_begins_as_its_seed_says(connector):
     a = made(0, False)
     assert torch.equal(torch.get_rng_state(), before)
     assert same(a, made(0, True)) and not same(a, made(1, False))
+
+def test_connectors_know_places():
+    "The pooling one takes means of neighbours; the resampler tells patches apart that trade places"
+    x = torch.arange(16.).view(1, 16, 1)*torch.tensor([1., 10.])
+    assert Pool(nn.Identity(), 4)(x).tolist() == [[[2.5, 25.], [4.5, 45.], [10.5, 105.], [12.5, 125.]]]
+    r, x = Resampler(8, 8, 4, 1), torch.randn(1, 4, 8, generator=generator(0))
+    assert (r(x) - r(x[:, [1, 0, 2, 3]])).abs().max() > 1e-6
 
 # ---- loss and gradients
 
@@ -342,6 +370,16 @@ def test_a_batch_in_parts_is_the_whole_batch(tmp_path, stage):
     given = dict(stage2_data=llava_data(tmp_path), stage1_batch=10, stage2_batch=10, connector='resampler')
     whole = steps(smoke(f'whole-{stage}', **given), stage)
     for micro in 1, 4: close(whole, steps(smoke(f'parts-{stage}-{micro}', micro=micro, recompute=micro == 4, **given), stage))
+
+def test_gradients_are_clipped():
+    "To the norm that is set; what is logged is the norm before"
+    (out,), grads = steps(smoke('clipped', clip_grad=1e-3), 1, 1)
+    assert sum((g.astype(float)**2).sum() for g in grads.values())**.5 == pytest.approx(1e-3, rel=1e-2) and out['grad_norm'] > .01
+
+def test_settings_reach_optimiser_and_order():
+    p = parts(smoke('reach', beta2=.9, weight_decay=.1, seed=3))
+    for k in 1, 2: assert {(g['betas'], g['weight_decay']) for g in Stage(p, k).opt.param_groups} == {((.9, .9), .1)}
+    assert [b.seed for b in p.batches] == [3, 3]
 
 def test_what_is_made_again_is_not_kept():
     "The language model's inner values take most of a step's memory, unless they are made again"
