@@ -72,12 +72,14 @@ def test_seeds_differ_and_repeat(tmp_path):
 
 @pytest.mark.parametrize('objective', OBJECTIVES)
 def test_the_exported_encoder_is_the_trained_one(tmp_path, objective):
-    "Bit by bit DINO's teacher, as in its paper, else what CLIP trains; its features up to rounding, as it makes the last block for all tokens"
+    "Bit by bit DINO's teacher, as in its paper, else what CLIP trains; features up to rounding, as it makes the last block for all tokens"
     t = trained(smoke(objective, 'x'), tmp_path)
     finish(t, {}, 0.)
     x, o, out = torch.rand(3, 3, 32, 32), t.objective, open_encoder(tmp_path)
     kept, other = (o.teacher, o.encoder) if objective == 'dino' else (o.encoder, getattr(o, 'teacher', None))
-    def same(net): return out.state_dict().keys() == net.state_dict().keys() and all(torch.equal(v, net.state_dict()[k]) for k, v in out.state_dict().items())
+    def same(net):
+        a, b = out.state_dict(), net.state_dict()
+        return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
     assert same(kept) and (other is None or not same(other))
     with torch.no_grad(): torch.testing.assert_close(out(x), kept.eval()(x))
     assert sorted(p.name for p in tmp_path.iterdir()) == ['bad.jsonl', 'config.json', 'metrics.jsonl', 'model.safetensors',
@@ -158,7 +160,8 @@ def test_the_centre_of_a_picture_that_is_no_square():
     for h, w in (40, 64), (64, 40):
         canvas = np.zeros((1, 64, 64, 3), np.uint8)
         canvas[0, :h, :w] = g.integers(0, 256, (h, w, 3))
-        theirs = TF.to_tensor(TF.resized_crop(Image.fromarray(canvas[0]), (h - 40)//2, (w - 40)//2, 40, 40, (32, 32), InterpolationMode.BICUBIC))
+        theirs = TF.to_tensor(TF.resized_crop(Image.fromarray(canvas[0]), (h - 40)//2, (w - 40)//2, 40, 40, (32, 32),
+                                                InterpolationMode.BICUBIC))
         assert (centre(torch.from_numpy(canvas), torch.tensor([[h, w]]), 32, (0,)*3, (1,)*3)[0] - theirs).abs().max() < 1.01/255
 
 def test_samples_and_the_last_loss_are_noted(tmp_path):

@@ -189,7 +189,8 @@ def test_which_features_a_readout_reads(where):
 
 def test_families_are_pooled_by_pictures():
     "One of six counts three times as much as one of two"
-    results = {f'within {k}': dict(test=k, knn=dict(top1=float(np.mean(v)), chance=c, pictures=len(v))) for k, v, c in (('a', [1, 1], .5), ('b', [0]*6, .25))}
+    results = {f'within {k}': dict(test=k, knn=dict(top1=float(np.mean(v)), chance=c, pictures=len(v)))
+               for k, v, c in (('a', [1, 1], .5), ('b', [0]*6, .25))}
     right = {'within a': dict(knn=np.ones(2, bool)), 'within b': dict(knn=np.zeros(6, bool))}
     out, ok = probe.pool(results, right)
     assert out['knn']['top1'] == .25 and out['knn']['chance'] == (.5*2 + .25*6)/8 and ok['knn'].sum() == 2
@@ -225,7 +226,8 @@ def test_a_probing_run_on_the_world(capsys):
 def test_the_authors_protocol_beside_the_other_readouts(tmp_path):
     "And the same when it is made again"
     picture_folder(tmp_path/'mine')
-    a, b = (probe.probe(probe.settings('smoke', encoder=ENCODER, name=n, data=f'{tmp_path}/mine', authors=True))['tasks']['mine'] for n in 'ab')
+    a, b = (probe.probe(probe.settings('smoke', encoder=ENCODER, name=n, data=f'{tmp_path}/mine', authors=True))['tasks']['mine']
+            for n in 'ab')
     assert a == b and {'linear', 'linear_cls', 'authors', 'knn'} <= set(a) and a['authors']['pictures'] == 24
 
 def test_folders_shifted_sets_and_maps(tmp_path):

@@ -327,7 +327,8 @@ def test_verdicts_take_holms_correction(monkeypatch):
     "Not Benjamini and Hochberg's, and not none: at 5% each alone would be shown"
     monkeypatch.setattr(study, 'CLAIMS', {str(z): Claim(str(z), '', '', 1, lambda r, z=z: Effect(z, (z, z), 1.)) for z in (3., 2.2, 2.1)})
     t = judge(None)
-    assert t.alone.tolist() == pytest.approx([.0027, .0278, .0357], rel=.01) and t.p.tolist() == pytest.approx([.0081, .0556, .0556], rel=.01)
+    assert t.alone.tolist() == pytest.approx([.0027, .0278, .0357], rel=.01)
+    assert t.p.tolist() == pytest.approx([.0081, .0556, .0556], rel=.01)
     assert t.verdict.tolist() == ['replicated', 'inconclusive', 'inconclusive']
 
 def test_intervals_cover():
@@ -422,7 +423,8 @@ def test_differences_on_the_same_pictures_share_their_error():
 
 def test_the_error_of_a_difference_is_of_both_encoders():
     "Found from the intervals of 95%"
-    t = pd.DataFrame([dict(objective=o, seed=s, value=.5, low=.5 - 1.95996*se, high=.5 + 1.95996*se) for o, se in (('clip', .03), ('dino', .04)) for s in range(3)])
+    t = pd.DataFrame([dict(objective=o, seed=s, value=.5, low=.5 - 1.95996*se, high=.5 + 1.95996*se)
+                      for o, se in (('clip', .03), ('dino', .04)) for s in range(3)])
     assert by_seed(t, 'clip', 'dino', 'probe')[1] == pytest.approx(.05, rel=1e-4)
 
 def test_the_error_of_a_probe_is_in_points(tmp_path):
