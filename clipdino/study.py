@@ -633,7 +633,7 @@ def sensitivity(r:Results)->pd.DataFrame: # columns: claims
     for seeds in copies if len(copies) > 1 else ():
         for way, how in {'': dict(aggregation='twenty'), 'longer stage 2, ': dict(length='longer stage 2')}.items():
             t = judge(r.of_seeds(seeds), **how)
-            if t.low.notna().any(): rows[f'{way}seeds {", ".join(map(str, seeds))}'] = t
+            if t.low.notna().any(): rows[f'{way}VLMs of seeds {", ".join(map(str, seeds))}'] = t
     return pd.DataFrame({k: t.set_index('claim').apply(cell, axis=1) for k, t in rows.items()}).T.reindex(columns=list(CLAIMS)).fillna('')
 
 # %% ../nbs/07_study.ipynb #8de7418c
@@ -781,9 +781,9 @@ def show_along(t:pd.DataFrame, key:str, ax): # of `along`
     else: ax.set(xticks=range(len(names)), xticklabels=names)
     ax.set(xlabel=VARIED[key])
 
-def show_varied(r:Results):
-    "The gap along every setting that there are runs for: linear probes above, VLMs below"
-    tables = {how: [(k, t) for k in VARIED if (t := along(r, k, how)).value.nunique() > 1] for how in LINES}
+def show_varied(r:Results, settings=VARIED):
+    "The gap along settings that there are runs for: linear probes above, VLMs below"
+    tables = {how: [(k, t) for k in settings if (t := along(r, k, how)).value.nunique() > 1] for how in LINES}
     tables = {how: found for how, found in tables.items() if found}
     if not tables: return say('no setting was varied yet')
     heights = [math.ceil(len(found)/2) for found in tables.values()]

@@ -113,8 +113,8 @@ def test_copies_of_a_language_model_are_judged_apart(tmp_path):
     t.to_csv(tmp_path/'vmcbench_mini.csv', index=False)
     r = Results('mini', tmp_path)
     s = sensitivity(r)
-    gaps = [float(s.loc[k, '5'].split(',')[0]) for k in ('seeds 0, 2', 'seeds 1, 3')]
-    assert r.copies() == [[0, 2], [1, 3]] and gaps == [pytest.approx(30, abs=8), 0] and s.loc['seeds 1, 3', '1'] == ''
+    gaps = [float(s.loc[k, '5'].split(',')[0]) for k in ('VLMs of seeds 0, 2', 'VLMs of seeds 1, 3')]
+    assert r.copies() == [[0, 2], [1, 3]] and gaps == [pytest.approx(30, abs=8), 0] and s.loc['VLMs of seeds 1, 3', '1'] == ''
     assert judge(r.of_seeds([1, 3])).set_index('claim').seeds[['1', '5']].tolist() == [4, 2], 'encoders are the same with any language model'
 
 def test_matched_by_accuracy(tmp_path):
