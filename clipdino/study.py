@@ -800,7 +800,7 @@ READ = *SETS, 'object', 'within families', 'word', 'count', 'position', 'colour'
 def kinds_of_tasks(r:Results, a:str='clip', b:str='dino', matching:str='samples')->pd.DataFrame:
     "Difference of two objectives in everything that has an accuracy and whose runs are there"
     kinds = [('linear probe', t, partial(probed, r, t, a, b)) for t in READ]
-    kinds += [('linear segmentation', 'objects and words', partial(probed, r, 'maps of world', a, b, 'miou'))]
+    kinds += [('linear segmentation', 'segmentation', partial(probed, r, 'maps of world', a, b, 'miou'))]
     kinds += [('VLM', f'{short(g)} questions', partial(answered, r, members, a, b)) for g, members in (*GROUPS.items(), ('Vision', VISION))]
     rows = []
     for how, what, f in kinds:
