@@ -790,9 +790,9 @@ def show_varied(r:Results, settings=VARIED):
     fig = plt.figure(figsize=(7.5, 2.4*sum(heights) + .6*len(heights)), layout='constrained')
     for part, n, (how, found) in zip(fig.subfigures(len(heights), 1, height_ratios=heights, squeeze=False).flat, heights, tables.items()):
         axes, marks = part.subplots(n, 2, squeeze=False).flat, [plt.Line2D([], [], marker='o', color=LINE_COLOURS[l]) for l in LINES[how]]
-        for ax, (k, t) in zip(axes, found): show_along(t, k, ax), ax.set_ylabel('CLIP minus DINO, points')
+        for ax, (k, t) in zip(axes, found): show_along(t, k, ax)
         for ax in axes[len(found):]: ax.set_axis_off()
-        part.legend(marks, LINES[how], title=how, loc='outside upper center', ncols=len(marks))
+        part.legend(marks, LINES[how], title=f'{how}: CLIP minus DINO, points', loc='outside upper center', ncols=len(marks))
 
 # %% ../nbs/07_study.ipynb #bd1db629
 READ = *SETS, 'object', 'within families', 'word', 'count', 'position', 'colour', 'background', 'texture', 'style'  # tasks of linear probes
