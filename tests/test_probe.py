@@ -65,6 +65,19 @@ def test_features_in_half_precision():
     x, half = (probe.features(e, s, probe.patch_tokens, dtype=d) for d in ('float32', 'float16'))
     assert (half.dtype, 2*half.nbytes, len(files())) == (np.float16, x.nbytes, 2) and np.allclose(half, x, atol=1e-2) and not (half == x).all()
 
+def test_features_too_large_for_half_precision(monkeypatch):
+    "Are refused, and the file of single precision is kept"
+    e, s = load_encoder(ENCODER), Set()
+    of = e.tokens
+    monkeypatch.setattr(e, 'tokens', lambda x, layers: [(cls, patches + 1e5) for cls, patches in of(x, layers)])
+    with pytest.raises(SettingsError, match='^features of picture 0 of some are not finite under .* give cached=false or precision=fp32$'):
+        probe.features(e, s, probe.patch_tokens, dtype='float16')
+    assert not files() and np.isfinite(probe.features(e, s, probe.patch_tokens)).all()
+
+def test_features_are_read_in_one_of_three_ways():
+    def pooled(encoder, x, layer): return encoder.tokens(x, (layer,))[0][1].mean(1, keepdim=True)
+    with pytest.raises(SettingsError, match='^features are read by one of pooled, joint, patch_tokens,'): probe.features(load_encoder(ENCODER), Set(), pooled)
+
 def test_features_of_pictures_that_processes_read(monkeypatch):
     e, s = load_encoder(ENCODER), Set()
     x = np.array(probe.features(e, s, batch=16))
