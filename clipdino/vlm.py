@@ -38,7 +38,7 @@ from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from .chat import TEMPLATES, AnyQuestions, Batches, Form, LlavaJson, WorldCaptions, expand, template_of
-from .core import Metrics, PRESETS, Progress, Settings, SettingsError, at_least, check, digest, environment, generator, in_test, injected, one_of, run_dir, say, seeded, sync, theme, write_json, writing
+from .core import Metrics, PRESETS, Progress, Settings, SettingsError, at_least, check, digest, environment, generator, in_test, injected, one_of, run_dir, runs_dir, say, seeded, sync, theme, write_json, writing
 from .encoders import Encoder, HFEncoder, OpenClipEncoder, TimmEncoder, folder_of, load_encoder, reading
 from .lm import settings as lm_settings, small_lm
 from .objectives import layers_of
@@ -762,13 +762,14 @@ def train(run:VLMRun, folder:Path)->dict:
 
 def train_vlm(run:VLMRun)->dict:
     "Train a VLM, or look up a run that is complete; its result"
-    check_inputs(run)
-    folder = run_dir(run.folder_name)
+    folder = runs_dir()/run.folder_name
     if not launched() and (result := complete(folder, run)) is not None:  # of several processes, all or none must look
         if (own := folder_of(run.encoder)) and (own/'result.json').exists():
             check(load_encoder(run.encoder).fingerprint == result['encoder']['fingerprint'],
                   f'{run.encoder} was trained again since {folder.name} was: delete the folder of the VLM to make it again')
         return result
+    check_inputs(run)
+    folder = run_dir(run.folder_name)
     if launched() or world_size(run) == 1: return train(run, folder)
     return spawn(run, folder, 'clipdino.vlm', arguments(run, settings(run.preset)))
 

@@ -531,7 +531,7 @@ def test_other_settings_or_data_are_refused_by_name(tmp_path, monkeypatch):
 
 def test_a_run_that_is_complete_is_looked_up(monkeypatch, capsys):
     folder, result = trained('done')
-    monkeypatch.setattr('clipdino.vlm.Parts', None)
+    for what in 'Parts', 'check_inputs': monkeypatch.setattr(f'clipdino.vlm.{what}', None)  # its data may have moved
     assert train_vlm(smoke('done')) == result and 'done is complete; delete its folder to run it again' in capsys.readouterr().out
     with pytest.raises(SettingsError, match='done was begun with other settings: seed was 0 and is now 1'): train_vlm(smoke('done', seed=1))
 
