@@ -402,7 +402,10 @@ def evaluate_in(folder:Path, run:Score, questions:Questions|None)->dict:
 LABELS = dict(generate='generate and parse', strict='unparsed is wrong', likelihood='likeliest letter', calibrated='calibrated')
 NAMES = dict(Doc='Doc & Chart', overall='all')
 
-def short(name:str, width:int=24)->str: return textwrap.shorten(NAMES.get(name, name), width, placeholder='…') or name[:width]
+def short(name:str, width:int=24)->str:
+    "A name or a text in at most `width` characters, cut between words, or within the first if that is too long"
+    found = textwrap.shorten(name := NAMES.get(name, name), width, placeholder='…')
+    return found if found != '…' else f'{name.strip()[:width - 1]}…'
 
 def ordered(data_sets)->list: # names
     "Data sets by group, with the groups' names before the first of each"
