@@ -133,8 +133,9 @@ def root()->Path:
     return next((p for p in (here, *here.parents) if (p/'settings.ini').exists()), here)
 
 def results_dir()->Path:
-    "The result files that come with the code, wherever it is run"
-    return (Path(__file__).parent.parent if '__file__' in globals() else root())/'nbs'/'results'
+    "Where result files are read: in the clone that one works in, or else those that come with the code"
+    own = root()/'nbs'/'results'
+    return own if own.is_dir() or '__file__' not in globals() else Path(__file__).parent.parent/'nbs'/'results'
 
 def in_test()->bool: return bool(os.environ.get('IN_TEST'))
 

@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 
 from .analysis import settings as analysis_settings
-from .core import PRESETS, Settings, SettingsError, at_least, check, cores, environment, in_test, listed, one_of, read_json, root, runs_dir, say, writing
+from .core import PRESETS, Settings, SettingsError, at_least, check, cores, environment, in_test, listed, one_of, read_json, results_dir, root, runs_dir, say, writing
 from .lm import lm_dir, settings as lm_settings
 from .objectives import OWN
 from .pretrain import OBJECTIVES, check_settings, program, samples_at_cost_of, settings as pretrain_settings, unused
@@ -289,7 +289,7 @@ def device()->str:
 
 def measured()->pd.DataFrame:
     "All that is known of how long runs take: here, and in the table that comes with the repository"
-    table = root()/'nbs/results/cost_grid.csv'
+    table = results_dir()/'cost_grid.csv'
     parts = [collect(), *([pd.read_csv(table, keep_default_na=False)] if table.exists() else [])]
     return pd.concat([p for p in parts if len(p)] or parts, ignore_index=True)
 

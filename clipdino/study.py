@@ -34,7 +34,7 @@ from scipy.stats import norm
 from statsmodels.stats.multitest import multipletests
 
 import clipdino.analysis as analysis, clipdino.pretrain as pretrain, clipdino.probe as probe, clipdino.vlm as vlm, clipdino.vmcbench as vmcbench
-from .core import CannotWrite, PRESETS, SettingsError, check, digest, one_of, read_json, root, say, stamp, whole, writing
+from .core import CannotWrite, PRESETS, SettingsError, check, digest, one_of, read_json, results_dir, root, say, stamp, whole, writing
 from .data import BadData
 from .encoders import load_encoder
 from .pairs import distinct
@@ -64,14 +64,15 @@ def deciding(kind:str, preset:str, objective:str='', then:dict={})->tuple: # set
 def identity(folder:Path)->dict: # a finished run
     "What a run was, in a row"
     s, r = (read_json(Path(folder)/f) for f in ('settings.json', 'result.json'))
-    kind, e = pretrain.kind_of(s), r['environment']
+    kind = pretrain.kind_of(s)
+    check(kind in (*STAGES, 'vlm') and {'seed', 'fingerprint'} <= set(s) and 'environment' in r, 'it is no run of the study')
     base, own = deciding(kind, s['preset'], s.get('objective', ''), s)
     of = next((s[k] for k in ('encoder', 'encoders', 'vlm') if k in s), '')
     weights = load_encoder(str(folder)).fingerprint if kind == 'pretrain' else vmcbench.saved(Path(folder)) if kind == 'vlm' else ''
     return dict(version=RESULTS, run=Path(folder).name, kind=kind, preset=s['preset'], objective=s.get('objective', ''), seed=s['seed'],
                 of=','.join(beside(n, Path(folder)) for n in of.split(',')),
                 variant=' '.join(f'{variant_key(kind, k)}={v}' for k, v in own.items() if v != base[k]), settings=digest(own),
-                data=s['fingerprint'], weights=weights, commit=e['commit'], device=e['device'])
+                data=s['fingerprint'], weights=weights, **{k: r['environment'][k] for k in ('commit', 'device')})
 
 def beside(name:str, folder:Path)->str: # an encoder or a VLM as a run was given it
     "The name of a run that was given by its path, and lies beside this one"
@@ -85,13 +86,13 @@ def variant_key(kind:str, setting:str)->str: # a VLM's captions are not its enco
 
 def finished(folder:Path)->bool: return (folder/'result.json').exists() and (folder/'settings.json').exists()
 
-def tables_dir()->Path: return root()/'nbs'/'results'/'study'
+def tables_dir()->Path: return results_dir()/'study'  # where they are read
 
 # %% ../nbs/07_study.ipynb #dd2cb8b5
 def collect(preset:str, runs:Path|None=None, to:Path|None=None)->Path: # runs/, and where the tables are, unless others are given
     "Gather all finished runs of a preset into the tables; rows of runs that are elsewhere stay"
     check(to or preset != 'smoke', 'results of the preset smoke are for tests, and are not gathered into the tables of the study')
-    runs, to = Path(runs or root()/'runs'), Path(to or tables_dir())
+    runs, to = Path(runs or root()/'runs'), Path(to or root()/'nbs'/'results'/'study')
     with writing(to): to.mkdir(parents=True, exist_ok=True)
     rows, table = [], to/f'runs_{preset}.csv'
     for d in sorted(runs.iterdir()) if runs.is_dir() else ():
