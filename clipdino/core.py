@@ -212,8 +212,8 @@ def read_json(path:Path):
 
 # %% ../nbs/00_core.ipynb #38af202a
 class Metrics:
-    "An append-only `metrics.jsonl` with one row per logged step; reopening keeps rows up to step `upto`"
-    def __init__(self, path:Path, upto:int=0):
+    "An append-only `metrics.jsonl` with one row per logged step; opening it drops the rows after step `upto`, and all of them if that is -1"
+    def __init__(self, path:Path, upto:int):
         self.path = Path(path)
         with whole(self.path) as tmp: tmp.write_text(''.join(json.dumps(r) + '\n' for r in self.rows() if r['step'] <= upto))
     def rows(self)->list: return self.read(self.path)
