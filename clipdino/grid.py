@@ -42,7 +42,8 @@ RUNS = dict(
     probe=Kind('03_probe', probe_settings, 'pictures', lambda r: r.train + r.test),
     analysis=Kind('04_analysis', analysis_settings, 'pictures', lambda r: r.pictures*len(r.names)),
     vlm=Kind('05_vlm', vlm_settings, 'conversations', lambda r: r.stage1_samples + r.stage2_samples),
-    score=Kind('06_vmcbench', score_settings, 'questions', lambda r: r.limit or r.n))
+    score=Kind('06_vmcbench', score_settings, 'questions',
+               lambda r: min(r.n, r.limit or r.n) if r.questions == 'world' else r.limit or r.n))
 KINDS = tuple(RUNS)
 RUNS['lm'] = Kind('', lm_settings, 'documents', lambda r: r.docs)
 
