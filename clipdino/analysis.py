@@ -44,7 +44,7 @@ class AnalysisRun(Settings):
     preset: str = 'mini'  # smoke, mini, small or paper: how many pictures, of what size
     encoders: str = 'clip-mini-s0,dino-mini-s0'  # separated by commas; pairs are searched with the first two
     name: str = ''  # the run's folder under runs/; empty means analysis- and the encoders' names
-    seed: int = 0  # of the scenes whose factors are changed
+    seed: int = 0  # of the scenes whose factors are changed, of conflicts, of crops, and of the pairs behind ranks
     data: str = 'world'  # where pairs are searched: the world, a labelled set (cifar10:PATH, a folder, shards) or image-text shards
     canvas: int = 48  # px of the world's pictures
     pictures: int = 8192  # among which pairs are searched, at most
@@ -52,9 +52,9 @@ class AnalysisRun(Settings):
     train: int = 8192  # pictures of the probe that judges conflicts of shape and filling
     pairs: int = 4000  # kept on each side
     thresholds: str = 'loose'  # one of `THRESHOLDS`, for the paper's way of choosing pairs
-    layer: int = -1
-    device: str = 'auto'
-    batch: int = 256
+    layer: int = -1  # whose tokens are read; -1 is the last, after the final norm
+    device: str = 'auto'  # cpu, cuda, cuda:1 or the like; auto: a GPU if there is one
+    batch: int = 256  # pictures that an encoder takes at once
 
     def __post_init__(self):
         super().__post_init__()

@@ -43,13 +43,13 @@ class ProbeRun(Settings):
     data: str = 'world'  # the world, named sets (cifar10:PATH), folders of class folders, shards, folders of maps (maps:PATH); separated by commas
     canvas: int = 48  # px of the world's pictures; each encoder sees them enlarged or shrunk to its own size
     train: int = 8192  # pictures of each kind of scene
-    test: int = 4096
+    test: int = 4096  # test pictures of each kind of scene
     limit: int = 0  # training pictures of other sets; 0 for all
     layer: int = -1  # whose tokens are read; -1 is the last, after the final norm
     authors: bool = False  # also probe by the authors' protocol
     against: str = ''  # a finished probing run to compare with, picture by picture
-    device: str = 'auto'
-    batch: int = 256
+    device: str = 'auto'  # cpu, cuda, cuda:1 or the like; auto: a GPU if there is one
+    batch: int = 256  # pictures that the encoder takes at once
 
     def __post_init__(self):
         super().__post_init__()
@@ -229,7 +229,7 @@ def open_sets(run:ProbeRun)->list:
         if name == 'world': s = Opened(name)
         elif name == 'maps':
             train = open_maps(spec[5:], 'train', run.limit)
-            s = Opened(f'maps of {train.name.split(" maps")[0]}', train.classes, open_maps(spec[5:], 'test'), train, True)
+            s = Opened(f'maps of {train.name}', train.classes, open_maps(spec[5:], 'test'), train, True)
         elif name in BASE:
             check(BASE[name] in sets, f'{name} has test pictures only and is scored with the probe of {BASE[name]}: put {BASE[name]}:PATH before it in data')
             s = Opened(name, sets[BASE[name]].classes, open_set(spec, 'test'))

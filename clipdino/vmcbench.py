@@ -56,10 +56,10 @@ class Score(Settings):
     limit: int = 0  # ask only so many, the first; 0 for all
     how: str = 'both'  # one of HOW
     blind: bool = False  # ask without the pictures
-    batch: int = 32
+    batch: int = 32  # questions that are asked at once
     max_new_tokens: int = 16  # of a written answer
     against: str = ''  # a finished scoring run to compare with, question by question
-    device: str = 'auto'
+    device: str = 'auto'  # cpu, cuda, cuda:1 or the like; auto: a GPU if there is one
     precision: str = 'auto'  # fp32 or bf16; auto is bf16 for models of a billion weights and more on a GPU
 
     def __post_init__(self):

@@ -214,15 +214,15 @@ def test_folders_shifted_sets_and_maps(tmp_path):
     np.save(tmp_path/'c101'/'cifar10.1_v6_data.npy', g.integers(0, 256, (12, 32, 32, 3), np.uint8))
     np.save(tmp_path/'c101'/'cifar10.1_v6_labels.npy', np.arange(12, dtype=np.int32) % 10)
     for split, n in ('train', 12), ('test', 4):
-        for d in 'images', 'labels': (tmp_path/'m'/d/split).mkdir(parents=True)
+        for d in 'images', 'labels': (tmp_path/'my maps'/d/split).mkdir(parents=True)
         for i in range(n):
             y = np.kron(g.integers(0, 2, (4, 4)), np.ones((8, 8))).astype(np.uint8)
-            Image.fromarray((y*200)[..., None].repeat(3, 2)).save(tmp_path/'m'/'images'/split/f'{i}.png')
-            Image.fromarray(y).save(tmp_path/'m'/'labels'/split/f'{i}.png')
+            Image.fromarray((y*200)[..., None].repeat(3, 2)).save(tmp_path/'my maps'/'images'/split/f'{i}.png')
+            Image.fromarray(y).save(tmp_path/'my maps'/'labels'/split/f'{i}.png')
     r = probe.probe(probe.settings('smoke', encoder=ENCODER,
-                                   data=f'{tmp_path}/mine, cifar10:{tmp_path}/c10, cifar10.1:{tmp_path}/c101, maps:{tmp_path}/m'))['tasks']
+                                   data=f'{tmp_path}/mine, cifar10:{tmp_path}/c10, cifar10.1:{tmp_path}/c101, maps:{tmp_path}/my maps'))['tasks']
     assert r['mine']['linear']['top1'] > .9 and r['cifar10.1']['linear']['pictures'] == 12 and r['cifar10.1']['linear']['setting'] == r['cifar10']['linear']['setting']
-    assert r['maps of m']['miou'] > r['maps of m']['constant'] + .2
+    assert r['maps of my maps']['miou'] > r['maps of my maps']['constant'] + .2
     with pytest.raises(SettingsError, match='scored with the probe of cifar10: put cifar10:PATH before it'):
         probe.probe(probe.settings('smoke', encoder=ENCODER, name='b', data=f'cifar10.1:{tmp_path}/c101'))
 
