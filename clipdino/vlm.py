@@ -74,14 +74,14 @@ class VLMRun(Settings):
     lora: int = 0  # rank of adapters that are trained instead of the language model; 0 for none
     # stage 1 trains the connector, stage 2 connector and language model
     stage1_samples: int = 131_072  # 0: every row once
-    stage1_batch: int = 64
-    stage1_lr: float = 2e-3
-    stage2_samples: int = 131_072
-    stage2_batch: int = 64
-    stage2_lr: float = 1e-3
+    stage1_batch: int = 64  # captions in a step, over all processes
+    stage1_lr: float = 2e-3  # peak learning rate of the connector
+    stage2_samples: int = 131_072  # 0: every row once
+    stage2_batch: int = 64  # conversations in a step, over all processes
+    stage2_lr: float = 1e-3  # peak learning rate of the connector
     lm_lr: float = 1.  # of the language model (or its adapters) in stage 2, as a multiple of the connector's
     warmup: float = .03  # share of a stage with rising learning rate; then a cosine down to 0
-    weight_decay: float = 0.
+    weight_decay: float = 0.  # of all that is trained
     beta2: float = .999  # of AdamW; beta1 is 0.9
     clip_grad: float = 1.  # largest gradient norm
     context: int = 512  # longest conversation, tokens
@@ -720,8 +720,9 @@ def finish(p:Parts, stages:list, begun:float)->dict:
                   connector=run.connector,
                   encoder=dict(name=e.name, fingerprint=p.fingerprint, size=e.size, dim=e.dim, patches=math.prod(e.grid)),
                   tower=type(p.vlm.model.vision_tower).__name__, image_tokens=picture_tokens(run, e),
-                  parameters={k: sum(v.numel() for v in m.parameters())
-                              for k, m in (('tower', p.vlm.model.vision_tower), ('connector', p.reader.connector), ('lm', p.reader.lm))},
+                  parameters={k: sum(v.numel() for m in ms for v in m.parameters())
+                              for k, ms in dict(tower=[p.vlm.model.vision_tower], connector=[p.reader.connector],
+                                                lm=[p.reader.lm, *([] if p.reader.tied else [p.reader.head])]).items()},
                   stages=[dict(seen=s.steps*run.of(s.k, 'batch'), loss=[r['loss'] for r in rows if r['stage'] == s.k][-1],
                                **s.batches.counts(), unusable=dict(p.chats[s.k - 1].missing)) for s in stages],
                   seconds_of_last_start=time.time() - begun,
