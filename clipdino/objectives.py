@@ -272,7 +272,7 @@ def in_parts(f, rows:int, *xs)->torch.Tensor: # f: tensors of n rows -> one of n
 # %% ../nbs/01_objectives.ipynb #21d0246d
 class Objective(nn.Module):
     "What the training loop needs to know of an objective; its `forward` takes views, tokens and keys of a batch, and returns `loss` and the numbers worth logging"
-    captions = False  # whether it reads them
+    captions = False  # whether it reads them; if so, it has a `text`, whose `tokenize` makes tokens of captions
     exported = 'encoder'  # attribute that holds the encoder to keep
     towers = ('encoder',)  # attributes worth compiling
     micro = 0  # images at once in forward and backward pass; 0 for all
@@ -380,7 +380,7 @@ class DINO(Objective):
         self.teacher.requires_grad_(False), self.teacher_head.requires_grad_(False)
         self.views = 2 + locals_
         self.momentum, self.student_temp, self.teacher_temp, self.warmup_temp, self.warmup = momentum, student_temp, teacher_temp, warmup_temp, warmup
-        self.centre_momentum, self.freeze_last = centre_momentum, freeze_last
+        self.centre_momentum, self.freeze_last, self.last_frozen = centre_momentum, freeze_last, False
         self.register_buffer('centre', torch.zeros(len(head.last)))
         self.register_buffer('mean', torch.zeros(head.last.shape[1]), persistent=False)  # of the teacher's embeddings in the last batch
         self.register_buffer('temp', torch.tensor(warmup_temp), persistent=False)

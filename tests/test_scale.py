@@ -117,6 +117,8 @@ def test_a_refusal_is_found_in_all_that_torchrun_reports(tmp_path, monkeypatch):
     torchrun.chmod(0o755)
     monkeypatch.setattr('sys.executable', str(torchrun))
     with pytest.raises(RuntimeError, match='^the reason$'): spawn(settings('smoke', processes=4), tmp_path/'x')
+    with pytest.raises(SystemExit) as e: program('x', Pretrain, lambda **given: spawn(settings('smoke', processes=4), tmp_path/'x'), 'About.', [])
+    assert e.value.code == 'clipdino stops: the reason'
     torchrun.write_text("#!/bin/sh\necho '[rank1]: Traceback (most recent call last):'\necho '[rank1]: torch.OutOfMemoryError: no room'\nseq 100\necho torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\nexit 1\n")
     with pytest.raises(RuntimeError, match='^a process of x ended with code 1: torch.OutOfMemoryError: no room\n'):
         spawn(settings('smoke', processes=4), tmp_path/'x')
@@ -270,6 +272,11 @@ def test_slips_in_ones_own_objective_are_named(monkeypatch):
     with pytest.raises(SettingsError,
                        match='make of mine returns a VisionTransformer, which does not derive from clipdino.objectives.Objective'):
         make_objective(settings('smoke', 'mine'))
+
+def test_captions_take_a_text_with_tokenize(monkeypatch):
+    class Reads(Objective): captions = True
+    monkeypatch.setitem(OWN, 'mine', Own(make=lambda run, encoder: Reads(encoder), views=one_view))
+    with pytest.raises(SettingsError, match='^mine reads captions, and has no text with tokenize$'): make_objective(settings('smoke', 'mine'))
 
 class Both(Objective):
     "Has what a joint space takes"
