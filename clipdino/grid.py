@@ -383,6 +383,7 @@ def last_line(path:Path)->str:
 
 # %% ../nbs/07_grid.ipynb #8dc7ed0d
 class Going(NamedTuple):
+    "A run that has been started and has not ended"
     process: subprocess.Popen
     slot: dict  # what its worker sets
     before: str  # its state at the start

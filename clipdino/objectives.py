@@ -337,7 +337,7 @@ def dino_loss(student:torch.Tensor, # (V, B, K) logits / temperature, the global
 
 # %% ../nbs/01_objectives.ipynb #79495c2f
 class GlobalBatchNorm(nn.Module):
-    "Batch normalisation over the rows of all processes, always with the statistics of the current batch"
+    "Batch normalisation over the rows of all processes, always with the statistics of the current batch; torch's SyncBatchNorm does so on accelerators alone"
     def __init__(self, dim:int, eps:float=1e-5):
         super().__init__()
         self.weight, self.bias, self.eps = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim)), eps

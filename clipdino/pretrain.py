@@ -11,9 +11,9 @@ __all__ = ['OBJECTIVES', 'DISTILS', 'LAUNCHED', 'SMOKE', 'MINI', 'SMALL', 'PAPER
            'state_tensors', 'tensors_digest', 'save_state', 'load_state', 'clip_gradients', 'NonFinite', 'Stopped',
            'kind_of', 'check_kind', 'check_noted', 'check_settings', 'make_probe', 'precision_of', 'accelerator',
            'on_main', 'agree', 'Parts', 'Trainer', 'last_scores', 'Watch', 'fit', 'cost', 'samples_at_cost_of', 'Blank',
-           'seconds_per_image', 'costs', 'show_costs', 'ahead', 'export_encoder', 'open_encoder', 'ranks', 'retrieval',
-           'final_scores', 'finish', 'complete', 'looked_up', 'only_one', 'train', 'pretrain', 'arguments', 'spawn',
-           'helps', 'program', 'main', 'collect', 'recipe', 'show_samples', 'show_views', 'show_curves',
+           'seconds_per_image', 'costs', 'show_costs', 'ahead', 'export_encoder', 'open_encoder', 'retrieval_ranks',
+           'retrieval', 'final_scores', 'finish', 'complete', 'looked_up', 'only_one', 'train', 'pretrain', 'arguments',
+           'spawn', 'helps', 'program', 'main', 'collect', 'recipe', 'show_samples', 'show_views', 'show_curves',
            'show_learning']
 
 # %% ../nbs/02_pretrain.ipynb #568ea07d
@@ -755,7 +755,7 @@ def costs(preset:str, batch:int=0)->pd.DataFrame: # images in a step that is tim
     return pd.DataFrame(rows)
 
 def show_costs(t:pd.DataFrame): # from `costs`
-    "The same, formatted for reading"
+    "What runs cost, formatted for reading"
     def number(v): return f'{v:.2g}' if v < 1 else f'{v:.1f}' if v < 100 else f'{v:,.0f}'
     def span(h): return f'{3600*h:.2g} s' if h < 1/60 else f'{60*h:.0f} min' if h < 2 else f'{h:.0f} h' if h < 72 else f'{h/24:,.0f} days'
     names = {'gflop': 'GFLOP', 'state_gb': 'weights, GB', 'activations_mb': 'activations, MB', 'hours here': 'here'}
@@ -790,7 +790,7 @@ def open_encoder(folder:Path)->nn.Module:
     return timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
 
 # %% ../nbs/02_pretrain.ipynb #ad47423f
-def ranks(queries, keys, batch:int=256)->torch.Tensor: # (n, D), (n, D) -> (n,)
+def retrieval_ranks(queries, keys, batch:int=256)->torch.Tensor: # (n, D), (n, D) -> (n,)
     "For each query, how many keys are more similar to it than its own; ties count half"
     out = []
     for i in range(0, len(queries), batch):
@@ -818,7 +818,7 @@ def retrieval(trainer, source, batch:int=256)->dict:
     check(xs.isfinite().all() and ts.isfinite().all(), 'embeddings of held-out pairs are not finite')
     out = dict(pairs=len(xs), bad=len(source) - len(xs))
     for way, q, k in ('image_to_text', xs, ts), ('text_to_image', ts, xs):
-        rank = ranks(q, k, batch)
+        rank = retrieval_ranks(q, k, batch)
         out |= {f'{way}_recall@{k}': (rank < k).float().mean().item() for k in (1, 5, 10)}
     return out
 

@@ -373,6 +373,7 @@ def probe(run:ProbeRun)->dict:
     with alone(run_dir(run.folder_name)) as folder: return probe_in(folder, encoder, run)
 
 def probe_in(folder:Path, encoder:Encoder, run:ProbeRun)->dict:
+    "As `probe`, in a folder that no other process uses"
     other, done = folder.parent/run.against, (folder/'result.json').exists()
     check(done or not run.against or (other/'right.npz').exists() and (other/'result.json').exists(),
           f'{run.against} is no finished probing run to compare with')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GROUPS', 'CATEGORIES', 'VISION', 'LETTERS', 'COLUMNS', 'INSTRUCTION', 'MARK', 'KEPT', 'BROKEN', 'HUB', 'SPLIT_FILES',
            'FORMS', 'prompt', 'squares', 'Questions', 'Parquet', 'need', 'lettered', 'Table', 'Lines', 'given', 'plain',
-           'row_of', 'decoded', 'seen', 'Files', 'vmcbench_files', 'open_questions']
+           'row_of', 'decoded', 'seen', 'QuestionFiles', 'vmcbench_files', 'open_questions']
 
 # %% ../nbs/05_questions.ipynb #ce9845fd
 import base64, binascii, csv, hashlib, io, json, sys
@@ -205,7 +205,7 @@ def seen(data:bytes)->tuple: # -> digest, what is wrong
     except Exception as e: return '', f'a picture that does not decode ({type(e).__name__}: {e})'  # Pillow's plugins raise many kinds
     return hashlib.sha256(data).hexdigest(), ''
 
-class Files(Questions):
+class QuestionFiles(Questions):
     "Questions of a reader of files"
     def __init__(self, name:str, reader, limit:int=0): # 0: all
         self.reader, pairs = reader, [(row_of(r, name), r) for r in reader.rows()]
@@ -257,7 +257,7 @@ def vmcbench_files(split:str, folder:str='')->list: # a copy of the data set, or
 
 FORMS = 'vmcbench:dev, vmcbench:test, vmcbench:SPLIT:FOLDER, a file (*.parquet, *.tsv, *.jsonl), or a folder of parquet files'
 
-def open_questions(spec:str, limit:int=0)->Files: # one of `FORMS`; how many questions, the first by index; 0 for all
+def open_questions(spec:str, limit:int=0)->QuestionFiles: # one of `FORMS`; how many questions, the first by index; 0 for all
     "A set of questions from files or the hub"
     scheme, _, rest = spec.partition(':')
     path = Path(spec).expanduser()
@@ -269,6 +269,6 @@ def open_questions(spec:str, limit:int=0)->Files: # one of `FORMS`; how many que
         kind = {'.parquet': Parquet, '.tsv': lambda f: Table(*f), '.jsonl': lambda f: Lines(*f)}.get(files[0].suffix if files else '')
         check(kind, f'questions={spec!r} is nothing to read; what is: {FORMS}')
         name, reader = path.stem, kind(files)
-    out = Files(name, reader, limit)
+    out = QuestionFiles(name, reader, limit)
     say(str(out))
     return out

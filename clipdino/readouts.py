@@ -348,6 +348,7 @@ def paired(a, b)->dict: # (n,) successes of two encoders on the same pictures, o
 IGNORED = 255  # label of pixels that do not count
 
 def map_scores(x, w, grid:tuple, size:tuple)->torch.Tensor: # (b*h*w, d) tokens, (d + 1, K), (h, w), (H, W) -> (b, K, H, W)
+    "Scores of a linear map for each pixel, bilinear between the tokens' own"
     z = (x @ w[:-1] + w[-1]).unflatten(0, (-1, *grid)).permute(0, 3, 1, 2)
     return F.interpolate(z, size, mode='bilinear')
 

@@ -287,7 +287,7 @@ class Effect:
         half = float(half_width(self.seeds, self.within, alpha))
         return self.value - half, self.value + half
     def above(self, x:float)->float: # p-value of the effect being at most x
-        "From the interval that ends at `x`"
+        "One-sided p-value, from the level of the interval that ends at `x`"
         distance, least = abs(self.value - x), -300.
         def lacks(log_alpha): return half_width(self.seeds, self.within, math.exp(log_alpha)) - distance
         p = 1. if distance == 0 else math.exp(brentq(lacks, least, 0.)) if lacks(least) > 0 else 0.
@@ -387,7 +387,7 @@ def mean_of(parts, unit:str='points')->Effect: # of `by_seed`
     return effect(sum(d for d, _ in parts)/len(parts), sum(se for _, se in parts)/len(parts), unit)
 
 def real_or(r:Results, sets:tuple, world:str): # -> names of tasks
-    "Those of some labelled sets that encoders were probed on, or else a task of the world"
+    "Those of `sets` that encoders were probed on; the world's task if there are none"
     return [s for s in sets if s in set(r.probe.task)] or world
 
 # %% ../nbs/07_study.ipynb #0a8ef63b
@@ -419,7 +419,7 @@ def of_vlms(r:Results, objective:str, protocol:str, variant:str='', seeds=None)-
     return dict(zip(runs.seed, right(runs, r.questions, protocol))) if len(runs) else {}
 
 def on_average(r:Results, members, values, aggregation:str)->Effect: # (s, n) numbers of questions
-    "Their mean over some of the twenty tasks"
+    "Numbers of all questions, averaged over some of the twenty tasks, seed by seed"
     at = [i for i, q in enumerate(r.questions.rows) if q['category'] in members]
     values, categories = np.array(values)[:, at], [r.questions.rows[i]['category'] for i in at]
     def overall(v, **k): return aggregate(v, categories, **k)[aggregation]['overall']
@@ -472,7 +472,7 @@ def semantics(r, a='clip', b='dino', matching='samples', readout='class token')-
 
 @claim('3c', 'DINO responds more to colour and style', 'pairs, by inspection', -1)
 def appearance(r, a='clip', b='dino', matching='samples', readout='class token')->Effect:
-    "The same when colour or style changes (the paper, section 3)"
+    "How far an embedding moves when colour or style changes, measured as in `semantics` (the paper, section 3)"
     return mean_of([moves(r, a, b, matching, readout)[f] for f in ('colour', 'style')], 'distances')
 
 def analysed(r, what, a='clip', b='dino', matching='samples', readout='class token')->pd.DataFrame: # of analysis.EMBEDDINGS

@@ -37,7 +37,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from .chat import TEMPLATES, AnyQuestions, Batches, Form, LlavaJson, WorldCaptions, expand, template_of
+from .chat import TEMPLATES, AnyQuestions, Batches, Form, LlavaJson, WorldCaptions, template_of, with_picture_tokens
 from .core import Metrics, PRESETS, Progress, Settings, SettingsError, at_least, check, digest, environment, generator, in_test, injected, one_of, run_dir, runs_dir, say, seeded, sync, theme, write_json, writing
 from .encoders import Encoder, HFEncoder, OpenClipEncoder, TimmEncoder, folder_of, load_encoder, reading
 from .lm import settings as lm_settings, small_lm
@@ -444,7 +444,7 @@ def rate(done:float, warmup:float)->float:
 def in_one(v): return v.full_tensor() if isinstance(v, DTensor) else v
 
 def whole_state(x, keep:bool)->dict: # a module or an optimiser; whether this process wants it
-    "Its state in one piece; all processes must ask at the same time"
+    "The state of what may be split over processes, in one piece; all processes must ask at the same time"
     def one(v):
         v = in_one(v).cpu() if isinstance(v, DTensor) else v
         return v if keep else None
@@ -675,7 +675,7 @@ class Held:
         self.questions = WorldVQA('val', run.questions, run.canvas)
         self.seen, self.p, self.image = Seen(p.encoder, self.questions, run), p, form.image
         asked = form([([(prompt(r), None)], True) for r in self.questions.rows])
-        self.ids = [expand(*a, form.image, picture_tokens(run, p.encoder))[0] for a in asked]
+        self.ids = [with_picture_tokens(*a, form.image, picture_tokens(run, p.encoder))[0] for a in asked]
         self.letters = form.begins(LETTERS)
         self.order, self.answers = np.argsort([len(i) for i in self.ids]), np.array([LETTERS.index(r['answer']) for r in self.questions.rows])
 

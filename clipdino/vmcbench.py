@@ -279,12 +279,13 @@ SUBSETS = dict(GROUPS, Vision=VISION)
 DRAWS = 4000
 
 def successes(rows:list, protocol:str)->np.ndarray: # (n,) 0 or 1
+    "Which questions are answered right, as a protocol judges"
     return np.array([r[PROTOCOLS[protocol]] == r['answer'] and (protocol != 'strict' or r['parsed']) for r in rows], np.float64)
 
 def protocols_of(rows:list)->list: return [p for p, key in PROTOCOLS.items() if key in rows[0]]
 
-def levels(categories:list)->dict: # of the questions -> level -> data sets
-    "The whole, the groups and the data sets that occur"
+def levels(categories:list)->tuple: # of the questions -> {level: data sets}, {data set: [itself]}
+    "The data sets that occur in the whole and in each group; and each by itself"
     have = [c for c in CATEGORIES if c in categories] + sorted(set(categories) - set(CATEGORIES))
     return dict(overall=have, **{g: m for g, members in SUBSETS.items() if (m := [c for c in members if c in have])}), {c: [c] for c in have}
 
@@ -371,6 +372,7 @@ def evaluate(run:Score, questions:Questions=None)->dict: # None: those that the 
     with alone(run_dir(run.folder_name)) as folder: return evaluate_in(folder, run, questions)
 
 def evaluate_in(folder:Path, run:Score, questions:Questions|None)->dict:
+    "As `evaluate`, in a folder that no other process uses"
     other, path, done = folder.parent/run.against, folder/'predictions.jsonl', (folder/'result.json').exists()
     check_kind(folder, run)
     check(done or not run.against or (other/path.name).exists() and (other/'result.json').exists(),
@@ -526,7 +528,7 @@ def by_objective(runs:pd.DataFrame, questions:Questions, protocol:str='calibrate
 ENOUGH = 3  # seeds, which a grid makes
 
 def compared(ours:list, theirs:list)->list: # seeds -> those to compare in; empty if some are missing
-    "The same, or all that one objective has if the other was given more"
+    "The seeds of two objectives, if they are the same; all that one has, if the other was given more"
     both = [s for s in ours if s in theirs]
     return both if ours == theirs or both in (ours, theirs) and len(both) >= ENOUGH else []
 
