@@ -512,9 +512,9 @@ def right(runs:pd.DataFrame, questions:Questions, protocol:str='calibrated')->np
     letters = np.array([list(v) for v in told])
     return ((letters if protocol == 'strict' else np.char.upper(letters)) == np.array([r['answer'] for r in questions.rows])).astype(np.float64)
 
-def of_objective(runs:pd.DataFrame, objective:str, blind:bool=False)->pd.DataFrame:
-    "The runs on encoders of an objective, in the order of their seeds"
-    found = runs[((runs.objective if 'objective' in runs else runs.encoder.map(objective_of)) == objective) & (runs.blind == blind)].sort_values('seed')
+def of_objective(runs:pd.DataFrame, objective:str)->pd.DataFrame:
+    "The runs with pictures on encoders of an objective, in the order of their seeds"
+    found = runs[((runs.objective if 'objective' in runs else runs.encoder.map(objective_of)) == objective) & ~runs.blind].sort_values('seed')
     check(found.seed.is_unique, f'{objective} has several runs of seed {found.seed[found.seed.duplicated()].tolist()[:1]}, {", ".join(found.run)}: give those of one comparison')
     return found
 
@@ -555,7 +555,7 @@ def show_table(found:dict, questions:str, aggregation:str='sets', data_sets:bool
     groups = {short(g): [cell(t[aggregation][g]) for t in found.values()] for g in (*SUBSETS, 'overall') if g in some[aggregation]}
     return pd.DataFrame({**rows, **groups}, index=list(found)).T.style.set_uuid('o').map(lambda v: 'font-weight: bold'*data_sets, subset=(list(groups), slice(None)))
 
-def show_objectives(found:dict, questions:str, aggregation:str='sets', protocol:str='calibrated'): # of `by_objective`
+def show_objectives(found:dict, questions:str, aggregation:str='sets'): # of `by_objective`
     "Accuracy by objective on each data set and group, with intervals over seeds and questions"
     some = next(iter(found.values()))
     rows = [(named(questions, c), 'data_sets', c) for _, members in ordered(some['data_sets']) for c in members]
@@ -567,7 +567,7 @@ def show_objectives(found:dict, questions:str, aggregation:str='sets', protocol:
     for i in range(len(rows)): ax.axhline(i + .5, color='.92', lw=.8, zorder=0)
     ax.axvline(25, color='k', lw=1, ls=':', label='chance')
     ax.set(yticks=range(len(rows)), yticklabels=[r[0] for r in rows], xlim=(0, 100), ylim=(len(rows) - .5, -.5),
-           xlabel=f'accuracy ({LABELS[protocol]}), %')
+           xlabel='accuracy, %')
     for label, (_, way, _) in zip(ax.get_yticklabels(), rows): label.set_fontweight('normal' if way == 'data_sets' else 'bold')
     ax.legend(loc='center left', bbox_to_anchor=(1, .5))
 
