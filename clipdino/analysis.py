@@ -352,12 +352,10 @@ def analyse_in(folder:Path, encoders:list, run:AnalysisRun)->dict:
     fingerprints = [e.fingerprint for e in encoders]
     check_settings(folder, run, digest([*fingerprints, source.fingerprint]), anew=not (folder/'result.json').exists())
     if (folder/'result.json').exists(): return looked_up(folder)
-    some = np.arange(min(STRUCTURE, len(source)))
-    images = source.batch(some, max(e.size for e in encoders))
-    y = labels.get('object', labels.get('class'))
     if run.data == 'world':  # classes are of pictures that have one object
         ordinary = Pictures('object', 'test', min(STRUCTURE, run.pictures), run.canvas)
         images, y = ordinary.world.images[:], ordinary.world.labels['object']
+    else: images, y = source.batch(np.arange(min(STRUCTURE, len(source))), max(e.size for e in encoders)), labels.get('class')
     if y is not None and len(np.unique(y[:len(images)])) in (1, len(images)): y = None  # there are no pairs within a class, or none between
     result = dict(name=run.folder_name, encoders=[dict(name=e.name, fingerprint=e.fingerprint, size=e.size, dim=e.dim, depth=e.depth)
                                                   for e in encoders])
