@@ -370,20 +370,21 @@ class DINO(Objective):
     "Self-distillation without labels: student, EMA teacher, centring and sharpening"
     exported, towers = 'teacher', ('encoder', 'teacher')
     def __init__(self, encoder, teacher, # the student and an equal ViT without drop path
-                 head:DINOHead, locals_:int, momentum:float=.996, student_temp:float=.1, teacher_temp:float=.04,
-                 warmup_temp:float=.04, warmup:float=0., # the teacher's temperature rises from `warmup_temp` over this share of the run
+                 head:DINOHead, local_crops:int, momentum:float=.996, student_temp:float=.1, teacher_temp:float=.04,
+                 warmup_teacher_temp:float=.04, warmup_teacher:float=0., # the teacher's temperature rises from the former over this share of the run
                  centre_momentum:float=.9, freeze_last:float=0.): # share of the run with a fixed last layer
         super().__init__(encoder)
         self.head = head
         self.teacher, self.teacher_head = teacher, copy.deepcopy(head)
         self.teacher.load_state_dict(encoder.state_dict())
         self.teacher.requires_grad_(False), self.teacher_head.requires_grad_(False)
-        self.views = 2 + locals_
-        self.momentum, self.student_temp, self.teacher_temp, self.warmup_temp, self.warmup = momentum, student_temp, teacher_temp, warmup_temp, warmup
+        self.views = 2 + local_crops
+        self.momentum, self.student_temp, self.teacher_temp = momentum, student_temp, teacher_temp
+        self.warmup_teacher_temp, self.warmup_teacher = warmup_teacher_temp, warmup_teacher
         self.centre_momentum, self.freeze_last, self.last_frozen = centre_momentum, freeze_last, False
         self.register_buffer('centre', torch.zeros(len(head.last)))
         self.register_buffer('mean', torch.zeros(head.last.shape[1]), persistent=False)  # of the teacher's embeddings in the last batch
-        self.register_buffer('temp', torch.tensor(warmup_temp), persistent=False)
+        self.register_buffer('temp', torch.tensor(warmup_teacher_temp), persistent=False)
 
     def train(self, mode:bool=True):
         super().train(mode)
@@ -392,8 +393,8 @@ class DINO(Objective):
 
     def set_progress(self, done):
         "Teacher temperature: linear warm-up, then constant"
-        up = min(done/self.warmup, 1.) if self.warmup else 1.
-        self.temp.fill_(self.warmup_temp + (self.teacher_temp - self.warmup_temp)*up)
+        up = min(done/self.warmup_teacher, 1.) if self.warmup_teacher else 1.
+        self.temp.fill_(self.warmup_teacher_temp + (self.teacher_temp - self.warmup_teacher_temp)*up)
         self.last_frozen = done < self.freeze_last
 
     @torch.no_grad()

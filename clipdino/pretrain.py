@@ -10,11 +10,11 @@ __all__ = ['OBJECTIVES', 'DISTILS', 'LAUNCHED', 'SMOKE', 'MINI', 'SMALL', 'PAPER
            'make_source', 'param_groups', 'schedule', 'features', 'world_tasks', 'labelled_task', 'Probe',
            'state_tensors', 'tensors_digest', 'save_state', 'load_state', 'clip_gradients', 'NonFinite', 'Stopped',
            'kind_of', 'check_kind', 'check_noted', 'check_settings', 'make_probe', 'precision_of', 'accelerator',
-           'on_main', 'agree', 'Parts', 'Trainer', 'last_scores', 'Watch', 'fit', 'cost', 'samples_at_cost_of', 'Blank',
-           'seconds_per_image', 'costs', 'show_costs', 'ahead', 'export_encoder', 'open_encoder', 'retrieval_ranks',
-           'retrieval', 'final_scores', 'finish', 'complete', 'looked_up', 'only_one', 'train', 'pretrain', 'arguments',
-           'spawn', 'helps', 'program', 'main', 'collect', 'recipe', 'show_samples', 'show_views', 'show_curves',
-           'show_learning']
+           'on_main', 'agree', 'Parts', 'Trainer', 'probe_keys', 'last_scores', 'Watch', 'fit', 'cost',
+           'samples_at_cost_of', 'Blank', 'seconds_per_image', 'costs', 'show_costs', 'ahead', 'export_encoder',
+           'open_encoder', 'retrieval_ranks', 'retrieval', 'final_scores', 'finish', 'complete', 'looked_up',
+           'only_one', 'train', 'pretrain', 'arguments', 'spawn', 'helps', 'program', 'main', 'collect', 'recipe',
+           'show_samples', 'show_views', 'show_curves', 'show_learning']
 
 # %% ../nbs/02_pretrain.ipynb #568ea07d
 import argparse, hashlib, inspect, json, math, os, re, shutil, subprocess, sys, tempfile, textwrap, time
@@ -302,10 +302,9 @@ def dtype_of(run:Pretrain):
 def _distilling(run:Pretrain, dim:int)->dict: # of the encoder's class token
     "What DINO adds to an encoder"
     with seeded(run.seed, 3): head = DINOHead(dim, run.prototypes, run.head_hidden, run.bottleneck, run.head_norm)
-    return dict(teacher=make_encoder(run.arch, run.image_size, run.seed, class_only=True), head=head, locals_=run.local_crops,
-                momentum=run.momentum, student_temp=run.student_temp, teacher_temp=run.teacher_temp,
-                warmup_temp=run.warmup_teacher_temp, warmup=run.warmup_teacher, centre_momentum=run.centre_momentum,
-                freeze_last=run.freeze_last)
+    given = ('local_crops', 'momentum', 'student_temp', 'teacher_temp', 'warmup_teacher_temp', 'warmup_teacher', 'centre_momentum',
+             'freeze_last')
+    return dict(teacher=make_encoder(run.arch, run.image_size, run.seed, class_only=True), head=head, **{k: getattr(run, k) for k in given})
 
 def _objective(run:Pretrain)->nn.Module:
     # objectives of others may read patch tokens
@@ -650,9 +649,13 @@ class Trainer(Parts):
         return scores
 
 # %% ../nbs/02_pretrain.ipynb #342922e5
+def probe_keys(row:dict)->dict: # -> key: task, readout
+    "The probe accuracies in a row of the metrics or of a result"
+    return {k: tuple(k.rsplit('_', 1)) for k in row if k.endswith(('_linear', '_knn'))}
+
 def last_scores(rows)->dict:
     "The latest probe accuracies in a run's metrics"
-    return next(({k: v for k, v in r.items() if k.endswith(('_linear', '_knn'))} for r in reversed(rows) if 'seconds' in r), {})
+    return next(({k: r[k] for k in probe_keys(r)} for r in reversed(rows) if 'seconds' in r), {})
 
 class Watch:
     "Says once what is wrong with training, when it has been wrong for `rows` consecutive rows of the metrics, after the share `start` of the run"
@@ -829,9 +832,9 @@ def final_scores(t:Trainer)->dict:
     if probe is None: return {}
     n = {task: len(y) for task, (_, (*_, y)) in probe.sets.items()}
     scores = probe(t.encoder, run.image_size)
-    def interval(k): return wilson(round(scores[k]*(images := n[k.rsplit('_', 1)[0]])), images)
+    def interval(task, v): return wilson(round(v*n[task]), n[task])
     with dtype_of(run): untrained = make_encoder(run.arch, run.image_size, run.seed, class_only=True).to(t.acc.device)
-    return dict(test=scores, test_interval={k: interval(k) for k in scores}, test_images=n, untrained=probe(untrained, run.image_size))
+    return dict(test=scores, test_interval={k: interval(task, scores[k]) for k, (task, _) in probe_keys(scores).items()}, test_images=n, untrained=probe(untrained, run.image_size))
 
 def finish(t:Trainer, scores:dict, seconds:float)->dict: # last accuracies of the in-training probe
     "Export the encoder and write the result; last of all, so that a result means a complete run"
@@ -967,8 +970,8 @@ def collect(folders)->pd.DataFrame: # finished run folders
                     data=s['fingerprint'], commit=r['environment']['commit'], device=r['environment']['device'])
         curve = [('val', m['samples'], m) for m in Metrics.read(d/'metrics.jsonl') if 'seconds' in m]
         for split, seen, m in curve + [(k, n, r[k]) for k, n in (('test', r['samples']), ('untrained', 0)) if k in r]:
-            rows += [dict(same, samples=seen, split=split, task=k.rsplit('_', 1)[0], readout=k.rsplit('_', 1)[1], accuracy=round(v, 4))
-                     for k, v in m.items() if k.endswith(('_linear', '_knn'))]
+            rows += [dict(same, samples=seen, split=split, task=task, readout=how, accuracy=round(m[k], 4))
+                     for k, (task, how) in probe_keys(m).items()]
     return pd.DataFrame(rows)
 
 # %% ../nbs/02_pretrain.ipynb #fe423add
@@ -1019,10 +1022,9 @@ def show_curves(folder:Path):
         if k in steps[0]: a.plot([r['samples']/1000 for r in steps], [r[k] for r in steps], label=label)
     a.set(xlabel='thousand images seen', ylabel='nats', title='training')
     a.legend(frameon=False, fontsize=8)
-    keys = [k for k in (probes[0] if probes else ()) if k.endswith(('_linear', '_knn'))]
-    colours = dict(zip(dict.fromkeys(k.rsplit('_', 1)[0] for k in keys), sns.color_palette('colorblind')))
-    for k in keys:
-        task, how = k.rsplit('_', 1)
+    keys = probe_keys(probes[0]) if probes else {}
+    colours = dict(zip(dict.fromkeys(task for task, _ in keys.values()), sns.color_palette('colorblind')))
+    for k, (task, how) in keys.items():
         style, label = ('-o', 'linear probe') if how == 'linear' else ('--', '20 neighbours')
         b.plot([r['samples']/1000 for r in probes], [100*r[k] for r in probes], style, ms=3, color=colours[task], label=f'{task}, {label}')
     b.set(xlabel='thousand images seen', ylabel='accuracy, %', title='held-out images')

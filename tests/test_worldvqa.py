@@ -14,7 +14,7 @@ from sklearn.naive_bayes import MultinomialNB
 
 from clipdino.core import SettingsError
 from clipdino.questions import CATEGORIES, COLUMNS, LETTERS, VISION, Questions
-from clipdino.world import COLOURS, DRAW, FAMILIES, HUES, NAMES, POSITIONS, SPLITS, STYLES, TEXTURES, WORDS, annotations, render, series
+from clipdino.world import COLOURS, DRAW, FACTORS, FAMILIES, HUES, NAMES, POSITIONS, SPLITS, STYLES, TEXTURES, WORDS, annotations, render, series
 from clipdino.worldvqa import TASKS, WorldVQA, describe, knowledge, to_parquet
 
 PX = 120
