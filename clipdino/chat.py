@@ -205,7 +205,8 @@ class LlavaJson(Chats):
         marks = stamps(folder, names)
         reasons = {k: 'missing picture' for k, m in enumerate(marks) if m is None}
         there = [k for k, m in enumerate(marks) if m is not None]
-        reasons |= {there[k]: r for k, r in broken(PictureFiles(path.stem, folder, [names[k] for k in there], [marks[k] for k in there])).items()}
+        found = broken(PictureFiles(path.stem, folder, [names[k] for k in there], [marks[k] for k in there]))
+        reasons |= {there[k]: r for k, r in found.items()}
         bad |= {int(k): (f'row {k}, {names[rows[k, 2]]}', reasons[rows[k, 2]]) for k in np.flatnonzero(np.isin(rows[:, 2], list(reasons)))}
         self.bad = [bad[k] for k in sorted(bad)]  # (key, reason) of the rows that are left out
         self.missing = Counter(reason for _, reason in self.bad)

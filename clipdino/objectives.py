@@ -371,7 +371,8 @@ class DINO(Objective):
     exported, towers = 'teacher', ('encoder', 'teacher')
     def __init__(self, encoder, teacher, # the student and an equal ViT without drop path
                  head:DINOHead, local_crops:int, momentum:float=.996, student_temp:float=.1, teacher_temp:float=.04,
-                 warmup_teacher_temp:float=.04, warmup_teacher:float=0., # the teacher's temperature rises from the former over this share of the run
+                 warmup_teacher_temp:float=.04, # the teacher's at the start
+                 warmup_teacher:float=0., # share of the run over which it rises
                  centre_momentum:float=.9, freeze_last:float=0.): # share of the run with a fixed last layer
         super().__init__(encoder)
         self.head = head

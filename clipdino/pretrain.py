@@ -834,7 +834,8 @@ def final_scores(t:Trainer)->dict:
     scores = probe(t.encoder, run.image_size)
     def interval(task, v): return wilson(round(v*n[task]), n[task])
     with dtype_of(run): untrained = make_encoder(run.arch, run.image_size, run.seed, class_only=True).to(t.acc.device)
-    return dict(test=scores, test_interval={k: interval(task, scores[k]) for k, (task, _) in probe_keys(scores).items()}, test_images=n, untrained=probe(untrained, run.image_size))
+    return dict(test=scores, test_interval={k: interval(task, scores[k]) for k, (task, _) in probe_keys(scores).items()}, test_images=n,
+                untrained=probe(untrained, run.image_size))
 
 def finish(t:Trainer, scores:dict, seconds:float)->dict: # last accuracies of the in-training probe
     "Export the encoder and write the result; last of all, so that a result means a complete run"

@@ -76,7 +76,8 @@ def test_features_too_large_for_half_precision(monkeypatch):
 
 def test_features_are_read_in_one_of_three_ways():
     def pooled(encoder, x, layer): return encoder.tokens(x, (layer,))[0][1].mean(1, keepdim=True)
-    with pytest.raises(SettingsError, match='^features are read by one of pooled, joint, patch_tokens,'): probe.features(load_encoder(ENCODER), Set(), pooled)
+    with pytest.raises(SettingsError, match='^features are read by one of pooled, joint, patch_tokens,'):
+        probe.features(load_encoder(ENCODER), Set(), pooled)
 
 def test_features_of_pictures_that_processes_read(monkeypatch):
     e, s = load_encoder(ENCODER), Set()

@@ -20,7 +20,7 @@ from clipdino.core import Settings, SettingsError, mix
 from clipdino.data import BadData
 from clipdino.encoders import load_encoder
 from clipdino.objectives import OWN, Objective, Own, TextTower, clip_loss, make_encoder, siglip_loss
-from clipdino.pretrain import MEAN, OBJECTIVES, Pretrain, STD, Trainer, accelerator, arguments, check_inputs, main, helps, make_objective, one_view, pretrain, program, settings, spawn, state_tensors, view_groups, world_size
+from clipdino.pretrain import MEAN, OBJECTIVES, Pretrain, STD, Trainer, accelerator, arguments, check_inputs, helps, main, make_objective, one_view, pretrain, program, settings, spawn, state_tensors, view_groups, world_size
 from clipdino.views import make_views
 
 root = Path(__file__).parent.parent
@@ -119,7 +119,8 @@ def test_a_refusal_is_found_in_all_that_torchrun_reports(tmp_path, monkeypatch):
     torchrun.chmod(0o755)
     monkeypatch.setattr('sys.executable', str(torchrun))
     with pytest.raises(RuntimeError, match='^the reason$'): spawn(settings('smoke', processes=4), tmp_path/'x')
-    with pytest.raises(SystemExit) as e: program('x', Pretrain, lambda **given: spawn(settings('smoke', processes=4), tmp_path/'x'), 'About.', [])
+    with pytest.raises(SystemExit) as e:
+        program('x', Pretrain, lambda **given: spawn(settings('smoke', processes=4), tmp_path/'x'), 'About.', [])
     assert e.value.code == 'clipdino stops: the reason'
     torchrun.write_text("#!/bin/sh\necho '[rank1]: Traceback (most recent call last):'\necho '[rank1]: torch.OutOfMemoryError: no room'\nseq 100\necho torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\nexit 1\n")
     with pytest.raises(RuntimeError, match='^a process of x ended with code 1: torch.OutOfMemoryError: no room\n'):
