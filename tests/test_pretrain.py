@@ -136,6 +136,7 @@ def test_dino_teacher_centre_and_schedules(tmp_path):
     run = smoke('dino', 'x', momentum=.9, centre_momentum=.8, freeze_last=.2, warmup_teacher=.5, warmup_teacher_temp=.02)
     t = Trainer(run, tmp_path)
     o = t.objective
+    o.before_step()  # in whatever loop, before which no progress was set
     from clipdino.objectives import cosine
     for k, batch in zip(range(2), t.batches()):
         teacher, centre, last = [p.clone() for p in o.teacher.parameters()], o.centre.clone(), o.head.last.clone()
