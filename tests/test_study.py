@@ -10,7 +10,7 @@ from scipy.stats import t as student, ttest_1samp
 
 import clipdino.analysis as analysis, clipdino.pretrain as pretrain, clipdino.probe as probe, clipdino.study as study, clipdino.vlm as vlm, clipdino.vmcbench as vmcbench
 from clipdino.analysis import patch_colours
-from clipdino.core import SettingsError, read_json, digest, stamp
+from clipdino.core import SettingsError, digest, read_json, stamp, write_json
 from clipdino.encoders import load_encoder
 from clipdino.grid import Grid
 from clipdino.questions import GROUPS, LETTERS, VISION
@@ -538,11 +538,13 @@ def test_real_runs_become_tables(tmp_path, monkeypatch, capsys):
     assert shown[probes['name']]['linear']['object'] == pytest.approx(probes['tasks']['object']['linear']['top1'], abs=1e-4)
     (tmp_path/'runs/cut').mkdir()
     for f in 'settings.json', 'result.json': (tmp_path/'runs/cut'/f).write_text('{')
+    (tmp_path/'runs/foreign').mkdir()
+    for f in 'settings.json', 'result.json': write_json(tmp_path/'runs/foreign'/f, dict(preset='smoke', objective='clip'))
     (tmp_path/'runs/score-vlm-clip-smoke-s1').rename(tmp_path/'runs/renamed-s1')
     to = tmp_path/'tables'
     to.mkdir()
     collect('smoke', to=to)
-    assert re.search(r'cut is left out: .*settings.json is damaged.*\nprobe-random-clipdino_vit_smoke is left out: random:clipdino_vit_smoke is not among the runs of the preset smoke that were gathered', capsys.readouterr().out)
+    assert re.search(r'cut is left out: .*settings.json is damaged.*\nforeign is left out: it is no run of the study\nprobe-random-clipdino_vit_smoke is left out: random:clipdino_vit_smoke is not among the runs of the preset smoke that were gathered', capsys.readouterr().out)
     t = {f.name.removesuffix('_smoke.csv'): read_table(f) for f in to.iterdir()}
     assert set(t) == {'runs', 'pretrain', 'probe', 'analysis', 'pairs', 'vmcbench', 'questions', 'patches'} and sorted(t['runs'].kind) == ['analysis', 'pretrain', 'pretrain', 'probe', 'vlm', 'vlm', 'vmcbench', 'vmcbench']
     runs = t['runs'].set_index('run')
@@ -574,6 +576,7 @@ def test_the_readme_gets_its_table_and_keeps_the_rest(tmp_path, monkeypatch):
     write(tables, **AS_THE_PAPER); monkeypatch.chdir(tmp_path); monkeypatch.setattr(study, 'collect', lambda preset: None)
     Path('README.md').write_text('before\n<!-- claims -->\nold\n<!-- end of claims -->\nafter\n')
     study.refresh()
+    assert stamp() == stamp(tables) != stamp(Path(study.__file__).parents[1]/'nbs/results/study'), 'what is stamped is what was read'
     said = Path('README.md').read_text()
     assert said.startswith(f'before\n<!-- claims -->\nPreset `mini`, from result files {stamp(tables)}') and said.endswith(f'|\n\n{corrected_together(judgements(Results("mini", tables)))}\n<!-- end of claims -->\nafter\n')
     assert 'old' not in said and said.count('| 5 |') == 1 and re.search(r'\| 5 \|.*replicated \(p.*\), 3 seeds', said)
