@@ -44,7 +44,7 @@ class AnalysisRun(Settings):
     preset: str = 'mini'  # smoke, mini, small or paper: how many pictures, of what size
     encoders: str = 'clip-mini-s0,dino-mini-s0'  # separated by commas; pairs are searched with the first two
     name: str = ''  # the run's folder under runs/; empty means analysis- and the encoders' names
-    seed: int = 0  # of the scenes whose factors are changed
+    seed: int = 0  # of the scenes whose factors are changed, of conflicts, of crops, and of the pairs behind ranks
     data: str = 'world'  # where pairs are searched: the world, a labelled set (cifar10:PATH, a folder, shards) or image-text shards
     canvas: int = 48  # px of the world's pictures
     pictures: int = 8192  # among which pairs are searched, at most
@@ -52,9 +52,9 @@ class AnalysisRun(Settings):
     train: int = 8192  # pictures of the probe that judges conflicts of shape and filling
     pairs: int = 4000  # kept on each side
     thresholds: str = 'loose'  # one of `THRESHOLDS`, for the paper's way of choosing pairs
-    layer: int = -1
-    device: str = 'auto'
-    batch: int = 256
+    layer: int = -1  # whose tokens are read; -1 is the last, after the final norm
+    device: str = 'auto'  # cpu, cuda, cuda:1 or the like; auto: a GPU if there is one
+    batch: int = 256  # pictures that an encoder takes at once
 
     def __post_init__(self):
         super().__post_init__()
@@ -155,7 +155,7 @@ SYMBOLS = dict(  # what differs -> pictures of a symbol, one for each value
     style=lambda name, size: [symbol(name, size, style=s) for s in STYLES])
 
 def mean_similarity(z:torch.Tensor, draws:int=2000)->tuple: # (n, D) unit length -> mean over distinct pairs, [low, high]
-    "With a bootstrap interval over the n items"
+    "Mean cosine similarity of n items with each other, with a bootstrap interval over the items"
     s, n = (z @ z.T).double().numpy(), len(z)
     def score(w): # (R, n) weights; an item drawn twice is no pair
         return ((w @ s*w).sum(1) - (w*w) @ np.diag(s))/(w.sum(1)**2 - (w*w).sum(1))
@@ -163,7 +163,7 @@ def mean_similarity(z:torch.Tensor, draws:int=2000)->tuple: # (n, D) unit length
     return float(score(np.ones((1, n)))[0]), np.quantile(score(w), [.025, .975]).tolist()
 
 def within_similarity(z:torch.Tensor)->tuple: # (n, k, D) unit length -> mean over distinct pairs of each item's k, [low, high]
-    "With a bootstrap interval over the n items"
+    "Mean cosine similarity of the k pictures of an item with each other, with a bootstrap interval over the items"
     k = z.shape[1]
     return ratio(((z @ z.mT).sum((1, 2)) - k)/(k*(k - 1)), np.ones(len(z)))
 
@@ -191,6 +191,7 @@ def show_symbols(n:int=5, size:int=96):
 
 # %% ../nbs/04_analysis.ipynb #4930aaa8
 def hsic(k, l)->torch.Tensor: # (n, n), without diagonals
+    "n(n - 3) times the unbiased HSIC (Song et al., 2012) of two Gram matrices; in `cka` the factor cancels"
     n = len(k)
     return (k*l).sum() + k.sum()*l.sum()/((n - 1)*(n - 2)) - 2*(k.sum(0) @ l.sum(0))/(n - 2)
 
@@ -205,10 +206,11 @@ def cka(a:tuple, b:tuple)->float: # of `gram`
     return (hsic(a[0], b[0])/(a[1]*b[1]).sqrt()).item()
 
 def uniformity(z:torch.Tensor)->float: # (n, D) unit length
+    "Logarithm of the mean of exp(-2 d^2) over all pairs (Wang & Isola, 2020)"
     return torch.pdist(z.float()).square().mul(-2).exp().mean().log().item()
 
 def dimensions(x:torch.Tensor)->dict: # (n, D)
-    "Effective number of dimensions"
+    "Effective number of dimensions: participation ratio of the variances, and RankMe (Garrido et al., 2023), which does not centre"
     v, s = torch.linalg.svdvals(x.double() - x.double().mean(0)).square(), torch.linalg.svdvals(x.double())
     p = s/s.sum()
     return dict(participation=(v.sum()**2/v.square().sum()).item(), rankme=torch.special.entr(p).sum().exp().item())
@@ -221,7 +223,7 @@ def class_gap(z:torch.Tensor, y:np.ndarray)->dict: # (n, D) unit length, (n,)
     return dict(within=within, between=between, gap=within - between)
 
 def alignment(encoder:Encoder, images, run:AnalysisRun)->float: # uint8 (n, S, S, 3)
-    "Mean squared distance between two crops of each picture"
+    "Mean squared distance between two crops of each picture (Wang & Isola, 2020)"
     crop, n, total = View(encoder.size, (.4, 1.), flip=.5), len(images), 0.
     for a in range(0, n, run.batch):
         x = torch.from_numpy(np.array(images[a:a + run.batch])).to(encoder.device)
@@ -238,7 +240,7 @@ def all_layers(encoder:Encoder, images, batch:int)->list: # -> depth tensors (n,
     return [torch.cat(p) for p in zip(*parts)]
 
 def structure(encoders:list, images, labels, run:AnalysisRun)->dict: # uint8 (n, S, S, 3), (n,) or None
-    "Everything above, for all encoders"
+    "Alignment, uniformity, dimensions and, where there are labels, class gap of all encoders; CKA of all layers of each two"
     layers = {e.name: [gram(x.to(e.device, torch.float64)) for x in all_layers(e, images, run.batch)] for e in encoders}
     rows = []
     for e in encoders:
@@ -344,17 +346,16 @@ def analyse(run:AnalysisRun)->dict:
     with alone(run_dir(run.folder_name)) as folder: return analyse_in(folder, encoders, run)
 
 def analyse_in(folder:Path, encoders:list, run:AnalysisRun)->dict:
+    "As `analyse`, in a folder that no other process uses"
     source, labels = open_pictures(run)
     check(len(source) >= 8, f'{run.data} has {len(source)} test pictures; it takes at least 8')
     fingerprints = [e.fingerprint for e in encoders]
     check_settings(folder, run, digest([*fingerprints, source.fingerprint]), anew=not (folder/'result.json').exists())
     if (folder/'result.json').exists(): return looked_up(folder)
-    some = np.arange(min(STRUCTURE, len(source)))
-    images = source.batch(some, max(e.size for e in encoders))
-    y = labels.get('object', labels.get('class'))
     if run.data == 'world':  # classes are of pictures that have one object
         ordinary = Pictures('object', 'test', min(STRUCTURE, run.pictures), run.canvas)
         images, y = ordinary.world.images[:], ordinary.world.labels['object']
+    else: images, y = source.batch(np.arange(min(STRUCTURE, len(source))), max(e.size for e in encoders)), labels.get('class')
     if y is not None and len(np.unique(y[:len(images)])) in (1, len(images)): y = None  # there are no pairs within a class, or none between
     result = dict(name=run.folder_name, encoders=[dict(name=e.name, fingerprint=e.fingerprint, size=e.size, dim=e.dim, depth=e.depth)
                                                   for e in encoders])

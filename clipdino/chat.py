@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WORDINGS', 'SHORT', 'TEMPLATES', 'CHATS', 'LENGTH', 'AT', 'PICTURE', 'FIRST', 'TARGETS', 'Chats', 'WorldSquares',
-           'WorldCaptions', 'AnyQuestions', 'chat_of', 'elements', 'read_rows', 'stamps', 'Files', 'broken',
-           'LlavaJson', 'own_template', 'template_of', 'messages', 'Form', 'loss_mask', 'expand', 'render', 'facts',
-           'fill', 'read', 'tokens_of', 'Batches']
+           'WorldCaptions', 'AnyQuestions', 'chat_of', 'elements', 'read_rows', 'stamps', 'PictureFiles', 'broken',
+           'LlavaJson', 'own_template', 'template_of', 'messages', 'Form', 'loss_mask', 'with_picture_tokens', 'render',
+           'facts', 'fill', 'read', 'tokens_of', 'Batches']
 
 # %% ../nbs/05_chat.ipynb #f3a34cf7
 import json, mmap, re, time, zlib
@@ -35,7 +35,6 @@ class Chats:
     def __len__(self): raise NotImplementedError
     def turns(self, i:int)->list: raise NotImplementedError  # of (user, assistant)
     def picture_id(self, i:int)->int: raise NotImplementedError  # index into `pictures`, -1 for none
-    def unusable(self): return iter(())  # (key, reason) of the rows that are left out
 
 # %% ../nbs/05_chat.ipynb #04fa6a6d
 WORDINGS = ('Describe the picture in a few words.', 'What does this picture show?', 'Write a short caption for the picture.',
@@ -146,7 +145,7 @@ def stamps(folder:str, names:list)->list: # size and time of each file, None for
     with ThreadPoolExecutor(16) as ex:
         return [s for part in ex.map(look, (names[a:a + 1024] for a in range(0, len(names), 1024))) for s in part]
 
-class Files:
+class PictureFiles:
     "Picture files of a folder as a set for `features`"
     def __init__(self, name:str, folder, names:list, stamps:list, square:str='pad', mean=(.5, .5, .5)): # paths in the folder; their sizes and times; pad or crop; colour of the padding
         one_of('square', square, ('pad', 'crop'))
@@ -178,7 +177,7 @@ class Files:
         return ''
 
 # %% ../nbs/05_chat.ipynb #1da1cd7e
-def broken(files:Files)->dict: # picture -> reason
+def broken(files:PictureFiles)->dict: # picture -> reason
     "The pictures that can't be decoded; each file is read once, and the answer kept"
     path = cache_dir()/'chats'/f'broken-{files.fingerprint}.json'
     with locked(path):
@@ -206,9 +205,10 @@ class LlavaJson(Chats):
         marks = stamps(folder, names)
         reasons = {k: 'missing picture' for k, m in enumerate(marks) if m is None}
         there = [k for k, m in enumerate(marks) if m is not None]
-        reasons |= {there[k]: r for k, r in broken(Files(path.stem, folder, [names[k] for k in there], [marks[k] for k in there])).items()}
+        found = broken(PictureFiles(path.stem, folder, [names[k] for k in there], [marks[k] for k in there]))
+        reasons |= {there[k]: r for k, r in found.items()}
         bad |= {int(k): (f'row {k}, {names[rows[k, 2]]}', reasons[rows[k, 2]]) for k in np.flatnonzero(np.isin(rows[:, 2], list(reasons)))}
-        self.bad = [bad[k] for k in sorted(bad)]
+        self.bad = [bad[k] for k in sorted(bad)]  # (key, reason) of the rows that are left out
         self.missing = Counter(reason for _, reason in self.bad)
         if listed:
             with whole(listed) as tmp:
@@ -217,7 +217,7 @@ class LlavaJson(Chats):
         self.rows = np.delete(rows, sorted(bad), 0)
         used, self.ids = np.unique(self.rows[:, 2], return_inverse=True)
         if used[0] < 0: used, self.ids = used[1:], self.ids - 1
-        pictures = Files(path.stem, folder, [names[k] for k in used], [marks[k] for k in used], square, mean)
+        pictures = PictureFiles(path.stem, folder, [names[k] for k in used], [marks[k] for k in used], square, mean)
         super().__init__(path.stem, digest(key, pictures.fingerprint, sorted(bad)), pictures)
 
     @staticmethod
@@ -239,7 +239,6 @@ class LlavaJson(Chats):
 
     def __len__(self): return len(self.rows)
     def picture_id(self, i:int)->int: return int(self.ids[i])
-    def unusable(self): return iter(self.bad)
 
     def turns(self, i:int)->list:
         if size_and_time(self.path) != self.mark: raise BadData(f'{self.path} has changed since it was opened')
@@ -367,21 +366,22 @@ def loss_mask(offsets:np.ndarray, spans:list)->np.ndarray: # (N, 2) first and la
     return out
 
 # %% ../nbs/05_chat.ipynb #d8d0ba27
-def expand(ids:np.ndarray, loss:np.ndarray, image:int|None, n:int)->tuple:
-    "The same with `n` tokens for the picture"
+def with_picture_tokens(ids:np.ndarray, loss:np.ndarray, image:int|None, n:int)->tuple:
+    "A conversation's tokens, and which of them carry loss, with `n` tokens in place of the one for the picture"
     times = np.where(ids == image, n, 1) if image is not None else 1
     return np.repeat(ids, times), np.repeat(loss, times)
 
 def render(tokenizer, turns:list, picture:bool, image_tokens:int, plain:bool=False, template:str='')->tuple: # -> (N,) int64 ids, (N,) bool whether they carry loss
     "One conversation as tokens; if the last answer is None, a prompt for it"
     form = Form(tokenizer, template, plain)
-    return expand(*form([(turns, picture)])[0], form.image, image_tokens)
+    return with_picture_tokens(*form([(turns, picture)])[0], form.image, image_tokens)
 
 # %% ../nbs/05_chat.ipynb #85ef162b
 CHATS = '1'  # version of what is written
 LENGTH, AT, PICTURE, FIRST, TARGETS = range(5)  # what is known of a conversation; -1 for no picture, and for no target
 
-def facts(ids:np.ndarray, loss:np.ndarray, image:int|None, picture:int)->tuple:
+def facts(ids:np.ndarray, loss:np.ndarray, image:int|None, picture:int)->tuple: # in the order of `LENGTH` to `TARGETS`
+    "What is kept of a conversation beside its tokens"
     hits = np.flatnonzero(loss)
     return len(ids), int(np.argmax(ids == image)) if picture >= 0 else -1, picture, int(hits[0]) if len(hits) else -1, len(hits)
 
@@ -484,7 +484,7 @@ class Batches:
 
     def one(self, i:int)->tuple: # -> (N,) ids, (N,) bool whether they carry loss
         t = np.asarray(self.tokens[self.starts[i]:self.starts[i] + self.info[i, LENGTH]])
-        ids, loss = expand(np.where(t < 0, ~t, t), t < 0, self.form.image, self.image_tokens)
+        ids, loss = with_picture_tokens(np.where(t < 0, ~t, t), t < 0, self.form.image, self.image_tokens)
         return ids[:self.context], loss[:self.context]
 
     def collate(self, chosen:np.ndarray, n_targets:int)->dict:

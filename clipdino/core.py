@@ -133,8 +133,9 @@ def root()->Path:
     return next((p for p in (here, *here.parents) if (p/'settings.ini').exists()), here)
 
 def results_dir()->Path:
-    "The result files that come with the code, wherever it is run"
-    return (Path(__file__).parent.parent if '__file__' in globals() else root())/'nbs'/'results'
+    "Where result files are read: in the clone that one works in, or else those that come with the code"
+    own = root()/'nbs'/'results'
+    return own if own.is_dir() or '__file__' not in globals() else Path(__file__).parent.parent/'nbs'/'results'
 
 def in_test()->bool: return bool(os.environ.get('IN_TEST'))
 
@@ -211,8 +212,8 @@ def read_json(path:Path):
 
 # %% ../nbs/00_core.ipynb #38af202a
 class Metrics:
-    "An append-only `metrics.jsonl` with one row per logged step; reopening keeps rows up to step `upto`"
-    def __init__(self, path:Path, upto:int=0):
+    "An append-only `metrics.jsonl` with one row per logged step; opening it drops the rows after step `upto`, and all of them if that is -1"
+    def __init__(self, path:Path, upto:int):
         self.path = Path(path)
         with whole(self.path) as tmp: tmp.write_text(''.join(json.dumps(r) + '\n' for r in self.rows() if r['step'] <= upto))
     def rows(self)->list: return self.read(self.path)

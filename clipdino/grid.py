@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 
 from .analysis import settings as analysis_settings
-from .core import PRESETS, Settings, SettingsError, at_least, check, cores, environment, in_test, listed, one_of, read_json, root, runs_dir, say, writing
+from .core import PRESETS, Settings, SettingsError, at_least, check, cores, environment, in_test, listed, one_of, read_json, results_dir, root, runs_dir, say, writing
 from .lm import lm_dir, settings as lm_settings
 from .objectives import OWN
 from .pretrain import OBJECTIVES, check_settings, program, samples_at_cost_of, settings as pretrain_settings, unused
@@ -42,7 +42,8 @@ RUNS = dict(
     probe=Kind('03_probe', probe_settings, 'pictures', lambda r: r.train + r.test),
     analysis=Kind('04_analysis', analysis_settings, 'pictures', lambda r: r.pictures*len(r.names)),
     vlm=Kind('05_vlm', vlm_settings, 'conversations', lambda r: r.stage1_samples + r.stage2_samples),
-    score=Kind('06_vmcbench', score_settings, 'questions', lambda r: r.limit or r.n))
+    score=Kind('06_vmcbench', score_settings, 'questions',
+               lambda r: min(r.n, r.limit or r.n) if r.questions == 'world' else r.limit or r.n))
 KINDS = tuple(RUNS)
 RUNS['lm'] = Kind('', lm_settings, 'documents', lambda r: r.docs)
 
@@ -289,7 +290,7 @@ def device()->str:
 
 def measured()->pd.DataFrame:
     "All that is known of how long runs take: here, and in the table that comes with the repository"
-    table = root()/'nbs/results/cost_grid.csv'
+    table = results_dir()/'cost_grid.csv'
     parts = [collect(), *([pd.read_csv(table, keep_default_na=False)] if table.exists() else [])]
     return pd.concat([p for p in parts if len(p)] or parts, ignore_index=True)
 
@@ -382,6 +383,7 @@ def last_line(path:Path)->str:
 
 # %% ../nbs/07_grid.ipynb #8dc7ed0d
 class Going(NamedTuple):
+    "A run that has been started and has not ended"
     process: subprocess.Popen
     slot: dict  # what its worker sets
     before: str  # its state at the start

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .chat import MARK, SHORT, Form
-from .core import Progress, Settings, cache_dir, check, digest, generator, locked, np_rng, one_of, prefetch, say, writing
+from .core import PRESETS, Progress, Settings, cache_dir, check, digest, generator, locked, np_rng, one_of, prefetch, say, writing
 from .pretrain import load_state, save_state
 from .questions import CATEGORIES, INSTRUCTION, LETTERS, prompt
 from .world import NAMES, POSITIONS, caption, versions
@@ -33,14 +33,14 @@ LM = '2'  # version of what it is trained on, and how
 @dataclass(frozen=True)
 class SmallLM(Settings):
     "Size and training of the small language model"
-    preset: str = 'mini'
-    seed: int = 0
-    width: int = 128
-    layers: int = 4
-    heads: int = 4
+    preset: str = 'mini'  # smoke, mini or small; paper has small's
+    seed: int = 0  # of weights, documents and their order
+    width: int = 128  # of a token's embedding
+    layers: int = 4  # of the transformer
+    heads: int = 4  # of attention in each layer
     docs: int = 200_000  # documents seen in all
     batch: int = 64  # documents per step
-    lr: float = 3e-3
+    lr: float = 3e-3  # peak learning rate
 
 SIZES = dict(smoke=dict(width=32, layers=2, heads=2, docs=128, batch=16), mini={},
              small=dict(width=384, layers=8, heads=6, docs=2_000_000, batch=256, lr=1e-3))
@@ -172,9 +172,9 @@ def train_small(run:SmallLM, tokenizer, device='cpu', folder:Path|None=None, eve
 # %% ../nbs/05_lm.ipynb #bdc56625
 def settings(preset:str='mini', size:str='')->SmallLM: # wide: twice as wide
     "The settings of the small language model"
-    one_of('preset', preset, ('smoke', 'mini', 'small', 'paper'))
+    one_of('preset', preset, PRESETS)
     check(size in ('', 'wide'), f'world:{size} is no language model; there are world and world:wide')
-    run = SmallLM.make(dict(SIZES, paper=SIZES['small']), preset)
+    run = SmallLM.make(SIZES, 'small' if preset == 'paper' else preset)  # one model for both
     return replace(run, width=2*run.width, heads=2*run.heads) if size else run
 
 def lm_dir(run:SmallLM)->Path:

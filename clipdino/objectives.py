@@ -272,7 +272,7 @@ def in_parts(f, rows:int, *xs)->torch.Tensor: # f: tensors of n rows -> one of n
 # %% ../nbs/01_objectives.ipynb #21d0246d
 class Objective(nn.Module):
     "What the training loop needs to know of an objective; its `forward` takes views, tokens and keys of a batch, and returns `loss` and the numbers worth logging"
-    captions = False  # whether it reads them
+    captions = False  # whether it reads them; if so, it has a `text`, whose `tokenize` makes tokens of captions
     exported = 'encoder'  # attribute that holds the encoder to keep
     towers = ('encoder',)  # attributes worth compiling
     micro = 0  # images at once in forward and backward pass; 0 for all
@@ -337,7 +337,7 @@ def dino_loss(student:torch.Tensor, # (V, B, K) logits / temperature, the global
 
 # %% ../nbs/01_objectives.ipynb #79495c2f
 class GlobalBatchNorm(nn.Module):
-    "Batch normalisation over the rows of all processes, always with the statistics of the current batch"
+    "Batch normalisation over the rows of all processes, always with the statistics of the current batch; torch's SyncBatchNorm does so on accelerators alone"
     def __init__(self, dim:int, eps:float=1e-5):
         super().__init__()
         self.weight, self.bias, self.eps = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim)), eps
@@ -370,20 +370,22 @@ class DINO(Objective):
     "Self-distillation without labels: student, EMA teacher, centring and sharpening"
     exported, towers = 'teacher', ('encoder', 'teacher')
     def __init__(self, encoder, teacher, # the student and an equal ViT without drop path
-                 head:DINOHead, locals_:int, momentum:float=.996, student_temp:float=.1, teacher_temp:float=.04,
-                 warmup_temp:float=.04, warmup:float=0., # the teacher's temperature rises from `warmup_temp` over this share of the run
+                 head:DINOHead, local_crops:int, momentum:float=.996, student_temp:float=.1, teacher_temp:float=.04,
+                 warmup_teacher_temp:float=.04, # the teacher's at the start
+                 warmup_teacher:float=0., # share of the run over which it rises
                  centre_momentum:float=.9, freeze_last:float=0.): # share of the run with a fixed last layer
         super().__init__(encoder)
         self.head = head
         self.teacher, self.teacher_head = teacher, copy.deepcopy(head)
         self.teacher.load_state_dict(encoder.state_dict())
         self.teacher.requires_grad_(False), self.teacher_head.requires_grad_(False)
-        self.views = 2 + locals_
-        self.momentum, self.student_temp, self.teacher_temp, self.warmup_temp, self.warmup = momentum, student_temp, teacher_temp, warmup_temp, warmup
-        self.centre_momentum, self.freeze_last = centre_momentum, freeze_last
+        self.views = 2 + local_crops
+        self.momentum, self.student_temp, self.teacher_temp = momentum, student_temp, teacher_temp
+        self.warmup_teacher_temp, self.warmup_teacher = warmup_teacher_temp, warmup_teacher
+        self.centre_momentum, self.freeze_last, self.last_frozen = centre_momentum, freeze_last, False
         self.register_buffer('centre', torch.zeros(len(head.last)))
         self.register_buffer('mean', torch.zeros(head.last.shape[1]), persistent=False)  # of the teacher's embeddings in the last batch
-        self.register_buffer('temp', torch.tensor(warmup_temp), persistent=False)
+        self.register_buffer('temp', torch.tensor(warmup_teacher_temp), persistent=False)
 
     def train(self, mode:bool=True):
         super().train(mode)
@@ -392,8 +394,8 @@ class DINO(Objective):
 
     def set_progress(self, done):
         "Teacher temperature: linear warm-up, then constant"
-        up = min(done/self.warmup, 1.) if self.warmup else 1.
-        self.temp.fill_(self.warmup_temp + (self.teacher_temp - self.warmup_temp)*up)
+        up = min(done/self.warmup_teacher, 1.) if self.warmup_teacher else 1.
+        self.temp.fill_(self.warmup_teacher_temp + (self.teacher_temp - self.warmup_teacher_temp)*up)
         self.last_frozen = done < self.freeze_last
 
     @torch.no_grad()

@@ -8,12 +8,13 @@ __all__ = ['OBJECTIVES', 'DISTILS', 'LAUNCHED', 'SMOKE', 'MINI', 'SMALL', 'PAPER
            'HybridSettings', 'Pretrain', 'validate', 'launched', 'world_size', 'is_joint', 'unused', 'check_launch',
            'check_inputs', 'settings', 'make_objective', 'dtype_of', 'one_view', 'two_views', 'view_groups',
            'make_source', 'param_groups', 'schedule', 'features', 'world_tasks', 'labelled_task', 'Probe',
-           'state_tensors', 'tensors_digest', 'save_state', 'load_state', 'clip_gradients', 'NonFinite', 'kind_of',
-           'check_kind', 'check_noted', 'check_settings', 'make_probe', 'precision_of', 'accelerator', 'on_main',
-           'agree', 'Parts', 'Trainer', 'last_scores', 'Watch', 'fit', 'cost', 'samples_at_cost_of', 'Blank',
-           'seconds_per_image', 'costs', 'show_costs', 'ahead', 'export_encoder', 'open_encoder', 'ranks', 'retrieval',
-           'final_scores', 'finish', 'complete', 'looked_up', 'only_one', 'train', 'pretrain', 'arguments', 'spawn',
-           'program', 'main', 'collect', 'recipe', 'show_samples', 'show_views', 'show_curves', 'show_learning']
+           'state_tensors', 'tensors_digest', 'save_state', 'load_state', 'clip_gradients', 'NonFinite', 'Stopped',
+           'kind_of', 'check_kind', 'check_noted', 'check_settings', 'make_probe', 'precision_of', 'accelerator',
+           'on_main', 'agree', 'Parts', 'Trainer', 'probe_keys', 'last_scores', 'Watch', 'fit', 'cost',
+           'samples_at_cost_of', 'Blank', 'seconds_per_image', 'costs', 'show_costs', 'ahead', 'export_encoder',
+           'open_encoder', 'retrieval_ranks', 'retrieval', 'final_scores', 'finish', 'complete', 'looked_up',
+           'only_one', 'train', 'pretrain', 'arguments', 'spawn', 'helps', 'program', 'main', 'collect', 'recipe',
+           'show_samples', 'show_views', 'show_curves', 'show_learning']
 
 # %% ../nbs/02_pretrain.ipynb #568ea07d
 import argparse, hashlib, inspect, json, math, os, re, shutil, subprocess, sys, tempfile, textwrap, time
@@ -57,8 +58,8 @@ DISTILS = 'dino', 'hybrid'  # those with DINO's views, teacher and head
 class TextSettings(Settings):
     "Of the objectives that read captions"
     dim: int = 128  # of the joint space
-    text_width: int = 128
-    text_layers: int = 2
+    text_width: int = 128  # of the text encoder that is trained from scratch
+    text_layers: int = 2  # of that text encoder
     vocab: int = 4096  # tokens of CLIP's byte-pair encoding
     context: int = 32  # longest caption, tokens
     text_model: str = 'minilm'  # clip-lm: a transformers encoder, by name or folder
@@ -67,28 +68,28 @@ class TextSettings(Settings):
 @dataclass(frozen=True)
 class DINOSettings(Settings):
     "Of DINO, alone and in hybrid"
-    local_crops: int = 4
+    local_crops: int = 4  # small views beside the two global ones
     local_size: int = 16  # px
-    local_min: float = .05  # area share of local crops
-    local_max: float = .4
+    local_min: float = .05  # least area share of local crops
+    local_max: float = .4  # largest area share of local crops
     hue: float = .1  # strength of DINO's hue jitter, turns
-    prototypes: int = 256
-    head_hidden: int = 512
-    bottleneck: int = 128
+    prototypes: int = 256  # outputs of the head
+    head_hidden: int = 512  # width of the head's two hidden layers
+    bottleneck: int = 128  # width before the head's last layer
     head_norm: bool = False  # batch normalisation in the head
     momentum: float = .99  # of the teacher, rising to 1
-    student_temp: float = .1
-    teacher_temp: float = .04
-    warmup_teacher_temp: float = .04
+    student_temp: float = .1  # the student's logits are divided by it; lower is sharper
+    teacher_temp: float = .04  # the teacher's, less the centre, are divided by it
+    warmup_teacher_temp: float = .04  # the teacher's temperature at the start
     warmup_teacher: float = 0.  # share of the run over which the teacher's temperature rises
-    centre_momentum: float = .9
+    centre_momentum: float = .9  # of the running mean that is taken from the teacher's logits
     freeze_last: float = .02  # share of the run with a fixed last layer
 
 @dataclass(frozen=True)
 class HybridSettings(Settings):
     "Of CLIP and DINO together"
-    clip_weight: float = 1.  # of each loss in their sum
-    dino_weight: float = 1.
+    clip_weight: float = 1.  # of CLIP's loss in the sum
+    dino_weight: float = 1.  # of DINO's loss in the sum
 
 # %% ../nbs/02_pretrain.ipynb #53af911c
 @dataclass(frozen=True)
@@ -115,14 +116,14 @@ class Pretrain(HybridSettings, DINOSettings, TextSettings):
     warmup: float = .1  # share of the run with rising learning rate
     beta2: float = .98  # of AdamW; beta1 is 0.9
     eps: float = 1e-8  # of AdamW
-    weight_decay: float = .1
+    weight_decay: float = .1  # at the start
     weight_decay_end: float = .1  # reached along a cosine
     clip_grad: float = 1.  # largest gradient norm
     clip_per: str = 'model'  # norm of the whole model's gradient, or of each parameter's
     # encoder
     arch: str = 'clipdino_vit_mini'  # a timm ViT
     image_size: int = 32  # px of a (global) view
-    drop_path: float = 0.
+    drop_path: float = 0.  # of the last block, rising linearly from 0 in the first
     # views
     crop_min: float = .9  # least area share of a (global) crop
     # machinery
@@ -301,10 +302,9 @@ def dtype_of(run:Pretrain):
 def _distilling(run:Pretrain, dim:int)->dict: # of the encoder's class token
     "What DINO adds to an encoder"
     with seeded(run.seed, 3): head = DINOHead(dim, run.prototypes, run.head_hidden, run.bottleneck, run.head_norm)
-    return dict(teacher=make_encoder(run.arch, run.image_size, run.seed, class_only=True), head=head, locals_=run.local_crops,
-                momentum=run.momentum, student_temp=run.student_temp, teacher_temp=run.teacher_temp,
-                warmup_temp=run.warmup_teacher_temp, warmup=run.warmup_teacher, centre_momentum=run.centre_momentum,
-                freeze_last=run.freeze_last)
+    given = ('local_crops', 'momentum', 'student_temp', 'teacher_temp', 'warmup_teacher_temp', 'warmup_teacher', 'centre_momentum',
+             'freeze_last')
+    return dict(teacher=make_encoder(run.arch, run.image_size, run.seed, class_only=True), head=head, **{k: getattr(run, k) for k in given})
 
 def _objective(run:Pretrain)->nn.Module:
     # objectives of others may read patch tokens
@@ -318,6 +318,8 @@ def _objective(run:Pretrain)->nn.Module:
                   f'make of {run.objective} returns a {type(own).__name__}, which does not derive from clipdino.objectives.Objective')
             check(joint == all(hasattr(own, f) for f in ('embed_image', 'embed_text')),
                   f'the entry of {run.objective} says joint={joint}, but its class has {"not " if joint else ""}both embed_image and embed_text')
+            check(not own.captions or hasattr(getattr(own, 'text', None), 'tokenize'),
+                  f'{run.objective} reads captions, and has no text with tokenize')
             return own
         text = (PretrainedText(run.text_model, run.unlocked, run.context, run.dim) if run.objective == 'clip-lm' else
                 TextTower(run.vocab, run.context, run.text_width, run.text_layers, run.dim))
@@ -442,6 +444,7 @@ def clip_gradients(params, limit:float, per:str)->torch.Tensor:
     return torch.stack(norms).square().sum().sqrt()
 
 class NonFinite(RuntimeError): "A loss or gradient that is not finite"
+class Stopped(RuntimeError): "A run whose processes stopped; the message is what they said"
 
 # settings that change nothing in what a run ends with, and so may change when it continues; the name has done its work when the folder is found
 FREE = 'name', 'workers', 'save_every', 'tracker', 'max_bad'
@@ -646,9 +649,13 @@ class Trainer(Parts):
         return scores
 
 # %% ../nbs/02_pretrain.ipynb #342922e5
+def probe_keys(row:dict)->dict: # -> key: task, readout
+    "The probe accuracies in a row of the metrics or of a result"
+    return {k: tuple(k.rsplit('_', 1)) for k in row if k.endswith(('_linear', '_knn'))}
+
 def last_scores(rows)->dict:
     "The latest probe accuracies in a run's metrics"
-    return next(({k: v for k, v in r.items() if k.endswith(('_linear', '_knn'))} for r in reversed(rows) if 'seconds' in r), {})
+    return next(({k: r[k] for k in probe_keys(r)} for r in reversed(rows) if 'seconds' in r), {})
 
 class Watch:
     "Says once what is wrong with training, when it has been wrong for `rows` consecutive rows of the metrics, after the share `start` of the run"
@@ -751,7 +758,7 @@ def costs(preset:str, batch:int=0)->pd.DataFrame: # images in a step that is tim
     return pd.DataFrame(rows)
 
 def show_costs(t:pd.DataFrame): # from `costs`
-    "The same, formatted for reading"
+    "What runs cost, formatted for reading"
     def number(v): return f'{v:.2g}' if v < 1 else f'{v:.1f}' if v < 100 else f'{v:,.0f}'
     def span(h): return f'{3600*h:.2g} s' if h < 1/60 else f'{60*h:.0f} min' if h < 2 else f'{h:.0f} h' if h < 72 else f'{h/24:,.0f} days'
     names = {'gflop': 'GFLOP', 'state_gb': 'weights, GB', 'activations_mb': 'activations, MB', 'hours here': 'here'}
@@ -786,7 +793,7 @@ def open_encoder(folder:Path)->nn.Module:
     return timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
 
 # %% ../nbs/02_pretrain.ipynb #ad47423f
-def ranks(queries, keys, batch:int=256)->torch.Tensor: # (n, D), (n, D) -> (n,)
+def retrieval_ranks(queries, keys, batch:int=256)->torch.Tensor: # (n, D), (n, D) -> (n,)
     "For each query, how many keys are more similar to it than its own; ties count half"
     out = []
     for i in range(0, len(queries), batch):
@@ -814,7 +821,7 @@ def retrieval(trainer, source, batch:int=256)->dict:
     check(xs.isfinite().all() and ts.isfinite().all(), 'embeddings of held-out pairs are not finite')
     out = dict(pairs=len(xs), bad=len(source) - len(xs))
     for way, q, k in ('image_to_text', xs, ts), ('text_to_image', ts, xs):
-        rank = ranks(q, k, batch)
+        rank = retrieval_ranks(q, k, batch)
         out |= {f'{way}_recall@{k}': (rank < k).float().mean().item() for k in (1, 5, 10)}
     return out
 
@@ -825,9 +832,10 @@ def final_scores(t:Trainer)->dict:
     if probe is None: return {}
     n = {task: len(y) for task, (_, (*_, y)) in probe.sets.items()}
     scores = probe(t.encoder, run.image_size)
-    def interval(k): return wilson(round(scores[k]*(images := n[k.rsplit('_', 1)[0]])), images)
+    def interval(task, v): return wilson(round(v*n[task]), n[task])
     with dtype_of(run): untrained = make_encoder(run.arch, run.image_size, run.seed, class_only=True).to(t.acc.device)
-    return dict(test=scores, test_interval={k: interval(k) for k in scores}, test_images=n, untrained=probe(untrained, run.image_size))
+    return dict(test=scores, test_interval={k: interval(task, scores[k]) for k, (task, _) in probe_keys(scores).items()}, test_images=n,
+                untrained=probe(untrained, run.image_size))
 
 def finish(t:Trainer, scores:dict, seconds:float)->dict: # last accuracies of the in-training probe
     "Export the encoder and write the result; last of all, so that a result means a complete run"
@@ -913,28 +921,32 @@ def spawn(run:Settings, folder:Path, module:str='clipdino.pretrain', options:lis
         except BaseException:  # interrupted: the processes go with the cell
             p.terminate()
             raise
-    if said: raise RuntimeError(said[0])
-    if p.returncode: raise RuntimeError(f'a process of {folder.name} ended with code {p.returncode}: ' + '\n'.join([*faults[:1], *tail]))
+    if said: raise Stopped(said[0])
+    if p.returncode: raise Stopped(f'a process of {folder.name} ended with code {p.returncode}: ' + '\n'.join([*faults[:1], *tail]))
     return read_json(folder/'result.json')
 
 REFUSED = 'clipdino stops: '
 
+def helps(kind:type)->dict: # settings' class -> setting: what is said of it
+    "The comments behind the settings"
+    return dict(re.findall(r'^    (\w+): \w+ = .*?  # (.+)$',
+                           ''.join(inspect.getsource(c) for c in kind.__mro__ if issubclass(c, Settings) and c is not Settings), re.M))
+
 def program(module:str, kind:type, go, about:str, args=None): # settings' class; (**settings) -> what to print
     "A module as a program, under accelerate launch or torchrun too: the settings are the options"
-    helps = dict(re.findall(r'^    (\w+): \w+ = .*?  # (.+)$',
-                            ''.join(inspect.getsource(c) for c in kind.__mro__ if issubclass(c, Settings) and c is not Settings), re.M))
     p = argparse.ArgumentParser(module, description=f'{about} Settings that are not given have the value of the preset.',
                                 allow_abbrev=False)
+    told = helps(kind)
     def true_or_false(v): return ('false', 'true').index(v.lower()) == 1  # argparse names this function where it refuses
     for f in fields(kind):
-        p.add_argument(f'--{f.name}', type=true_or_false if f.type is bool else f.type, help=helps.get(f.name, '').replace('%', '%%'),
+        p.add_argument(f'--{f.name}', type=true_or_false if f.type is bool else f.type, help=told.get(f.name, '').replace('%', '%%'),
                        metavar=f.type.__name__)
     try:
         shown = go(**{k: v for k, v in vars(p.parse_args(args)).items() if v is not None})
         if int(os.environ.get('RANK', 0)) == 0: say(json.dumps(shown))
         if dist.is_initialized():
             dist.destroy_process_group()  # its threads would be torn down with the interpreter, which can abort a process that is done
-    except (SettingsError, BadData, NonFinite, CannotWrite) as e: sys.exit(REFUSED + str(e))
+    except (SettingsError, BadData, NonFinite, Stopped, CannotWrite) as e: sys.exit(REFUSED + str(e))
     except KeyboardInterrupt:
         if int(os.environ.get('RANK', 0)) == 0: say('interrupted; the same command goes on from the last saved state')
         sys.exit(130)
@@ -959,8 +971,8 @@ def collect(folders)->pd.DataFrame: # finished run folders
                     data=s['fingerprint'], commit=r['environment']['commit'], device=r['environment']['device'])
         curve = [('val', m['samples'], m) for m in Metrics.read(d/'metrics.jsonl') if 'seconds' in m]
         for split, seen, m in curve + [(k, n, r[k]) for k, n in (('test', r['samples']), ('untrained', 0)) if k in r]:
-            rows += [dict(same, samples=seen, split=split, task=k.rsplit('_', 1)[0], readout=k.rsplit('_', 1)[1], accuracy=round(v, 4))
-                     for k, v in m.items() if k.endswith(('_linear', '_knn'))]
+            rows += [dict(same, samples=seen, split=split, task=task, readout=how, accuracy=round(m[k], 4))
+                     for k, (task, how) in probe_keys(m).items()]
     return pd.DataFrame(rows)
 
 # %% ../nbs/02_pretrain.ipynb #fe423add
@@ -1011,10 +1023,9 @@ def show_curves(folder:Path):
         if k in steps[0]: a.plot([r['samples']/1000 for r in steps], [r[k] for r in steps], label=label)
     a.set(xlabel='thousand images seen', ylabel='nats', title='training')
     a.legend(frameon=False, fontsize=8)
-    keys = [k for k in (probes[0] if probes else ()) if k.endswith(('_linear', '_knn'))]
-    colours = dict(zip(dict.fromkeys(k.rsplit('_', 1)[0] for k in keys), sns.color_palette('colorblind')))
-    for k in keys:
-        task, how = k.rsplit('_', 1)
+    keys = probe_keys(probes[0]) if probes else {}
+    colours = dict(zip(dict.fromkeys(task for task, _ in keys.values()), sns.color_palette('colorblind')))
+    for k, (task, how) in keys.items():
         style, label = ('-o', 'linear probe') if how == 'linear' else ('--', '20 neighbours')
         b.plot([r['samples']/1000 for r in probes], [100*r[k] for r in probes], style, ms=3, color=colours[task], label=f'{task}, {label}')
     b.set(xlabel='thousand images seen', ylabel='accuracy, %', title='held-out images')

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['GROUPS', 'CATEGORIES', 'VISION', 'LETTERS', 'COLUMNS', 'INSTRUCTION', 'MARK', 'KEPT', 'BROKEN', 'HUB', 'SPLIT_FILES',
            'FORMS', 'prompt', 'squares', 'Questions', 'Parquet', 'need', 'lettered', 'Table', 'Lines', 'given', 'plain',
-           'row_of', 'decoded', 'seen', 'Files', 'vmcbench_files', 'open_questions']
+           'row_of', 'decoded', 'seen', 'QuestionFiles', 'vmcbench_files', 'open_questions']
 
 # %% ../nbs/05_questions.ipynb #ce9845fd
-import base64, binascii, csv, hashlib, io, json, os, sys
+import base64, binascii, csv, hashlib, io, json, sys
 from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +20,7 @@ from huggingface_hub import hf_hub_download
 from PIL import Image
 from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 
-from .core import SettingsError, check, digest, one_of, say
+from .core import SettingsError, check, cores, digest, one_of, say
 from .data import rgb
 
 # %% ../nbs/05_questions.ipynb #481fb77c
@@ -121,11 +121,15 @@ class Table:
             nonlocal end
             for line in f:
                 end += len(line)
-                yield line.decode('utf-8-sig' if end == len(line) else 'utf-8')
+                try: yield line.decode('utf-8-sig' if end == len(line) else 'utf-8')
+                except UnicodeDecodeError as e:
+                    raise SettingsError(f'{self.path.name} is not UTF-8 ({e.reason} at byte {end - len(line) + e.start})') from None
         csv.field_size_limit(sys.maxsize)
-        for fields in csv.reader(lines(), delimiter='\t'):
-            yield start, end, fields
-            start = end
+        try:
+            for fields in csv.reader(lines(), delimiter='\t'):
+                yield start, end, fields
+                start = end
+        except csv.Error as e: raise SettingsError(f'{self.path.name} is no table with tabs, after byte {start} ({e})') from None
 
     def rows(self):
         with open(self.path, 'rb') as f:
@@ -160,7 +164,9 @@ class Lines:
             except ValueError as e: raise SettingsError(f'{where} is no JSON ({e})') from None
             check(isinstance(r, dict), f'{where} is no object')
             need(where, r, ('question', 'image', *(() if 'options' in r else LETTERS), *(() if 'answer_letter' in r else ('answer',))))
-            yield dict(index=r.get('index', n), question=r['question'], options=r.get('options') or lettered(r),
+            options = r.get('options') or lettered(r)
+            check(isinstance(options, list), f'{where}: options must be a list, and are {json.dumps(options)[:80]}')
+            yield dict(index=r.get('index', n), question=r['question'], options=options,
                        answer=r.get('answer_letter', r.get('answer')),
                        category=r.get('category') or r.get('source'), at=r['image'], where=where)
 
@@ -179,8 +185,10 @@ def row_of(r:dict, name:str)->dict|None: # raw row with options and place; the c
     "The row in `COLUMNS`, checked; None unless it has four options"
     options, question = [plain(o) for o in r['options'][:4] if given(plain(o))], plain(r['question'])
     if len(options) != 4 or any(map(given, r['options'][4:])): return None  # letters belong to places
-    try: index = int(r['index'])
-    except (TypeError, ValueError): raise SettingsError(f'{r["where"]}: index={r["index"]!r} is no whole number') from None
+    try:
+        index = int(r['index'])
+        if index != r['index'] and not isinstance(r['index'], str): raise ValueError
+    except (TypeError, ValueError, OverflowError): raise SettingsError(f'{r["where"]}: index={r["index"]!r} is no whole number') from None
     check(given(question), f'{r["where"]} has no question')
     answer = str(r['answer']).strip()
     check(answer in tuple(LETTERS), f'{r["where"]}: the answer is {answer!r} and must be one of {", ".join(LETTERS)}')
@@ -197,7 +205,7 @@ def seen(data:bytes)->tuple: # -> digest, what is wrong
     except Exception as e: return '', f'a picture that does not decode ({type(e).__name__}: {e})'  # Pillow's plugins raise many kinds
     return hashlib.sha256(data).hexdigest(), ''
 
-class Files(Questions):
+class QuestionFiles(Questions):
     "Questions of a reader of files"
     def __init__(self, name:str, reader, limit:int=0): # 0: all
         self.reader, pairs = reader, [(row_of(r, name), r) for r in reader.rows()]
@@ -222,7 +230,7 @@ class Files(Questions):
 
     def look(self, raw:list)->list:
         "What `seen` says of every picture"
-        with ThreadPoolExecutor(os.cpu_count()) as ex:
+        with ThreadPoolExecutor(cores()) as ex:
             return [s for a in range(0, len(raw), 256) for s in ex.map(seen, [self.bytes(r['at']) for r in raw[a:a + 256]])]
 
     def picture(self, i:int)->Image.Image: return decoded(self.bytes(self.at[i]))
@@ -249,7 +257,7 @@ def vmcbench_files(split:str, folder:str='')->list: # a copy of the data set, or
 
 FORMS = 'vmcbench:dev, vmcbench:test, vmcbench:SPLIT:FOLDER, a file (*.parquet, *.tsv, *.jsonl), or a folder of parquet files'
 
-def open_questions(spec:str, limit:int=0)->Files: # one of `FORMS`; how many questions, the first by index; 0 for all
+def open_questions(spec:str, limit:int=0)->QuestionFiles: # one of `FORMS`; how many questions, the first by index; 0 for all
     "A set of questions from files or the hub"
     scheme, _, rest = spec.partition(':')
     path = Path(spec).expanduser()
@@ -261,6 +269,6 @@ def open_questions(spec:str, limit:int=0)->Files: # one of `FORMS`; how many que
         kind = {'.parquet': Parquet, '.tsv': lambda f: Table(*f), '.jsonl': lambda f: Lines(*f)}.get(files[0].suffix if files else '')
         check(kind, f'questions={spec!r} is nothing to read; what is: {FORMS}')
         name, reader = path.stem, kind(files)
-    out = Files(name, reader, limit)
+    out = QuestionFiles(name, reader, limit)
     say(str(out))
     return out

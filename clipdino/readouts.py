@@ -131,7 +131,7 @@ def direction(g, pairs, h): # (S, P), [(s, y)] old to new, (S, P) diagonal
     for (s, y, rho), a in zip(pairs, reversed(alphas)): q += s*(a - rho*dot(y, q))
     return -q
 
-def minimise(f, w, h, tol:float, steps:int, memory:int=8): # f: (S, P), indices -> values (S,), gradients (S, P); h (S, P): inverse of a bound on the Hessian
+def minimise(f, w, h, tol:float, steps:int): # f: (S, P), indices -> values (S,), gradients (S, P); h (S, P): inverse of a bound on the Hessian
     "Minimise S convex functions at once, each until its gradient is below `tol` in the metric of `h`, relative to its value; returns the minimisers and the number of evaluations"
     w, on, pairs = w.clone(), torch.arange(len(w), device=w.device), []
     (v, g), count = f(w, on), 1
@@ -152,7 +152,7 @@ def minimise(f, w, h, tol:float, steps:int, memory:int=8): # f: (S, P), indices 
         w[on] = old + step[:, None]*d
         s, y = step[:, None]*d, g - old_g
         sy = (s*y).sum(1, keepdim=True)
-        pairs = [*pairs[-memory + 1:], (s, y, torch.where(sy > 1e-12, 1/sy, 0.))]
+        pairs = [*pairs[-7:], (s, y, torch.where(sy > 1e-12, 1/sy, 0.))]
     return w, count
 
 # %% ../nbs/01_readouts.ipynb #0ff1238f
@@ -198,10 +198,10 @@ def fit_probes(x, y, classes:int, settings:list, device='cpu', rows=None, tol:fl
             out[s] = Linear(s, weight, w[-1] - blocks.mean @ weight)
     return [out[s] for s in settings]
 
-def held_out(n:int, share:float=.2, seed:int=0)->tuple: # -> indices to fit on, indices to choose on; both ascending
-    "A random part of the training pictures, to choose settings on"
+def held_out(n:int, seed:int=0)->tuple: # -> indices to fit on, indices to choose on; both ascending
+    "A random fifth of the training pictures, to choose settings on"
     order = permute(torch.arange(n), n, seed, 21).numpy()
-    cut = n - max(1, round(n*share))
+    cut = n - max(1, round(n/5))
     return np.sort(order[:cut]), np.sort(order[cut:])
 
 def try_settings(x, y, classes:int, settings:list, device='cpu', seed:int=0)->pd.DataFrame:
@@ -216,11 +216,11 @@ def choose(tried:pd.DataFrame)->Setting:
     best = tried.sort_values(['accuracy', 'l2'], ascending=False, kind='stable').iloc[0]
     return Setting(float(best.l2), best.readout, best.norm)
 
-def linear_probe(x, y, classes:int, settings=None, device='cpu', seed:int=0)->Linear: # (n, r, D), (n,) labels in random order
+def linear_probe(x, y, classes:int, settings=None, device='cpu')->Linear: # (n, r, D), (n,) labels in random order
     "The probe with the best setting of a grid, fitted on all training pictures"
     check_features(x, y)
     settings = grid(readouts=READOUTS if x.shape[1] > 1 else ('cls',)) if settings is None else settings
-    best = settings[0] if len(settings) == 1 else choose(try_settings(x, y, classes, settings, device, seed))
+    best = settings[0] if len(settings) == 1 else choose(try_settings(x, y, classes, settings, device))
     return fit_probes(x, y, classes, [best], device)[0]
 
 def accuracy(scores, y)->float: return (scores.argmax(1) == torch.as_tensor(y)).float().mean().item()
@@ -263,7 +263,7 @@ def authors_probe(x, y, classes:int, device='cpu', seed:int=0, epochs:int=50)->L
     return Linear(Setting(setting[1]), weight, w[-1] - mean @ weight)
 
 # %% ../nbs/01_readouts.ipynb #6fc44e07
-def knn(x, y, x_test, classes:int, k:int=20, temp:float=.07, device='cpu')->torch.Tensor: # (n, D), (n,), (m, D) -> (m, K)
+def knn(x, y, x_test, classes:int, k:int=20, device='cpu')->torch.Tensor: # (n, D), (n,), (m, D) -> (m, K)
     "Votes of the nearest neighbours by cosine, in blocks of both sides"
     def unit(v): return F.normalize(tensor(v).to(device, torch.float32), dim=1)
     y, out = torch.as_tensor(y).to(device), []
@@ -274,7 +274,7 @@ def knn(x, y, x_test, classes:int, k:int=20, temp:float=.07, device='cpu')->torc
             sim, near = (s, i + b) if sim is None else (torch.cat([sim, s], 1), torch.cat([near, i + b], 1))
             sim, order = sim.topk(min(k, sim.shape[1]), dim=1)
             near = near.gather(1, order)
-        out.append(torch.zeros(len(q), classes, device=device).scatter_add_(1, y[near], ((sim - 1)/temp).exp()).cpu())
+        out.append(torch.zeros(len(q), classes, device=device).scatter_add_(1, y[near], ((sim - 1)/.07).exp()).cpu())
     return torch.cat(out)
 
 def few_shot(x, y, x_test, y_test, classes:int, shots:int, draws:int=10, seed:int=0)->list: # -> accuracies of `draws` random choices of examples
@@ -314,7 +314,7 @@ def half_width(each, within:float, alpha:float=.05)->np.ndarray: # (..., s) valu
     s, shared = np.shape(each)[-1], norm.isf(alpha/2)*within
     return np.hypot(student.isf(alpha/2, s - 1)*np.std(each, axis=-1, ddof=1)/math.sqrt(s), shared) if s > 1 else shared
 
-def report(scores:torch.Tensor, y, names:tuple, worst:int=5)->dict: # (n, K), (n,)
+def report(scores:torch.Tensor, y, names:tuple)->dict: # (n, K), (n,)
     "Top-1 accuracy with its interval, top-5 accuracy, mean per-class accuracy, and the most confused pairs of classes"
     y, k = torch.as_tensor(y), len(names)
     order = scores.sort(dim=1, descending=True, stable=True).indices[:, :5]  # of equal scores the first, as in argmax
@@ -326,7 +326,7 @@ def report(scores:torch.Tensor, y, names:tuple, worst:int=5)->dict: # (n, K), (n
     per_class = {names[c] if names.count(names[c]) == 1 else f'{names[c]} ({c})': round(v, 4) for c, v in recall.items()}
     both = (matrix/seen.clamp(min=1)[:, None]).fill_diagonal_(0)
     both = (both + both.T).triu(1)/2
-    pairs = [(divmod(i, k), both.flatten()[i].item()) for i in both.flatten().topk(min(worst, k*k)).indices.tolist()]
+    pairs = [(divmod(i, k), both.flatten()[i].item()) for i in both.flatten().topk(min(5, k*k)).indices.tolist()]
     return dict(top1=hit[:, 0].float().mean().item(), interval=interval(hit[:, 0]), top5=hit.any(1).float().mean().item(), pictures=len(y),
                 classes=k, chance=1/k,
                 mean_class=float(np.mean([*recall.values()])), per_class=per_class,
@@ -348,6 +348,7 @@ def paired(a, b)->dict: # (n,) successes of two encoders on the same pictures, o
 IGNORED = 255  # label of pixels that do not count
 
 def map_scores(x, w, grid:tuple, size:tuple)->torch.Tensor: # (b*h*w, d) tokens, (d + 1, K), (h, w), (H, W) -> (b, K, H, W)
+    "Scores of a linear map for each pixel, bilinear between the tokens' own"
     z = (x @ w[:-1] + w[-1]).unflatten(0, (-1, *grid)).permute(0, 3, 1, 2)
     return F.interpolate(z, size, mode='bilinear')
 

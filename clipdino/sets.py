@@ -199,7 +199,7 @@ def open_set(spec:str, # `name:PATH` for a set in `SETS`, else a folder with cla
     if name:
         check(root.is_dir(), f'{path} is not a folder: {name} is read from the folder it was unpacked into')
         where, labels, classes = SETS[name](root, split)
-    elif not any(c in path for c in '*?[{') and not root.exists():
+    elif not any(c in path for c in ('::', *'*?[{,')) and not root.exists():
         raise SettingsError(f'{path} is not there: give a folder of class folders, shards, or NAME:PATH with one of {", ".join(SETS)}')
     elif root.is_dir() and not any(root.glob('*.tar')): where, labels, classes = own_folders(root, split)
     else: where, labels, classes = own_shards(expand(path), split)

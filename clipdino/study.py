@@ -34,7 +34,7 @@ from scipy.stats import norm
 from statsmodels.stats.multitest import multipletests
 
 import clipdino.analysis as analysis, clipdino.pretrain as pretrain, clipdino.probe as probe, clipdino.vlm as vlm, clipdino.vmcbench as vmcbench
-from .core import CannotWrite, PRESETS, SettingsError, check, digest, one_of, read_json, root, say, stamp, whole, writing
+from .core import CannotWrite, PRESETS, SettingsError, check, digest, one_of, read_json, results_dir, root, say, stamp, whole, writing
 from .data import BadData
 from .encoders import load_encoder
 from .pairs import distinct
@@ -64,14 +64,15 @@ def deciding(kind:str, preset:str, objective:str='', then:dict={})->tuple: # set
 def identity(folder:Path)->dict: # a finished run
     "What a run was, in a row"
     s, r = (read_json(Path(folder)/f) for f in ('settings.json', 'result.json'))
-    kind, e = pretrain.kind_of(s), r['environment']
+    kind = pretrain.kind_of(s)
+    check(kind in (*STAGES, 'vlm') and {'seed', 'fingerprint'} <= set(s) and 'environment' in r, 'it is no run of the study')
     base, own = deciding(kind, s['preset'], s.get('objective', ''), s)
     of = next((s[k] for k in ('encoder', 'encoders', 'vlm') if k in s), '')
     weights = load_encoder(str(folder)).fingerprint if kind == 'pretrain' else vmcbench.saved(Path(folder)) if kind == 'vlm' else ''
     return dict(version=RESULTS, run=Path(folder).name, kind=kind, preset=s['preset'], objective=s.get('objective', ''), seed=s['seed'],
                 of=','.join(beside(n, Path(folder)) for n in of.split(',')),
                 variant=' '.join(f'{variant_key(kind, k)}={v}' for k, v in own.items() if v != base[k]), settings=digest(own),
-                data=s['fingerprint'], weights=weights, commit=e['commit'], device=e['device'])
+                data=s['fingerprint'], weights=weights, **{k: r['environment'][k] for k in ('commit', 'device')})
 
 def beside(name:str, folder:Path)->str: # an encoder or a VLM as a run was given it
     "The name of a run that was given by its path, and lies beside this one"
@@ -85,13 +86,13 @@ def variant_key(kind:str, setting:str)->str: # a VLM's captions are not its enco
 
 def finished(folder:Path)->bool: return (folder/'result.json').exists() and (folder/'settings.json').exists()
 
-def tables_dir()->Path: return root()/'nbs'/'results'/'study'
+def tables_dir()->Path: return results_dir()/'study'  # where they are read
 
 # %% ../nbs/07_study.ipynb #dd2cb8b5
 def collect(preset:str, runs:Path|None=None, to:Path|None=None)->Path: # runs/, and where the tables are, unless others are given
     "Gather all finished runs of a preset into the tables; rows of runs that are elsewhere stay"
     check(to or preset != 'smoke', 'results of the preset smoke are for tests, and are not gathered into the tables of the study')
-    runs, to = Path(runs or root()/'runs'), Path(to or tables_dir())
+    runs, to = Path(runs or root()/'runs'), Path(to or root()/'nbs'/'results'/'study')
     with writing(to): to.mkdir(parents=True, exist_ok=True)
     rows, table = [], to/f'runs_{preset}.csv'
     for d in sorted(runs.iterdir()) if runs.is_dir() else ():
@@ -286,7 +287,7 @@ class Effect:
         half = float(half_width(self.seeds, self.within, alpha))
         return self.value - half, self.value + half
     def above(self, x:float)->float: # p-value of the effect being at most x
-        "From the interval that ends at `x`"
+        "One-sided p-value, from the level of the interval that ends at `x`"
         distance, least = abs(self.value - x), -300.
         def lacks(log_alpha): return half_width(self.seeds, self.within, math.exp(log_alpha)) - distance
         p = 1. if distance == 0 else math.exp(brentq(lacks, least, 0.)) if lacks(least) > 0 else 0.
@@ -386,7 +387,7 @@ def mean_of(parts, unit:str='points')->Effect: # of `by_seed`
     return effect(sum(d for d, _ in parts)/len(parts), sum(se for _, se in parts)/len(parts), unit)
 
 def real_or(r:Results, sets:tuple, world:str): # -> names of tasks
-    "Those of some labelled sets that encoders were probed on, or else a task of the world"
+    "Those of `sets` that encoders were probed on; the world's task if there are none"
     return [s for s in sets if s in set(r.probe.task)] or world
 
 # %% ../nbs/07_study.ipynb #0a8ef63b
@@ -418,7 +419,7 @@ def of_vlms(r:Results, objective:str, protocol:str, variant:str='', seeds=None)-
     return dict(zip(runs.seed, right(runs, r.questions, protocol))) if len(runs) else {}
 
 def on_average(r:Results, members, values, aggregation:str)->Effect: # (s, n) numbers of questions
-    "Their mean over some of the twenty tasks"
+    "Numbers of all questions, averaged over some of the twenty tasks, seed by seed"
     at = [i for i, q in enumerate(r.questions.rows) if q['category'] in members]
     values, categories = np.array(values)[:, at], [r.questions.rows[i]['category'] for i in at]
     def overall(v, **k): return aggregate(v, categories, **k)[aggregation]['overall']
@@ -471,7 +472,7 @@ def semantics(r, a='clip', b='dino', matching='samples', readout='class token')-
 
 @claim('3c', 'DINO responds more to colour and style', 'pairs, by inspection', -1)
 def appearance(r, a='clip', b='dino', matching='samples', readout='class token')->Effect:
-    "The same when colour or style changes (the paper, section 3)"
+    "How far an embedding moves when colour or style changes, measured as in `semantics` (the paper, section 3)"
     return mean_of([moves(r, a, b, matching, readout)[f] for f in ('colour', 'style')], 'distances')
 
 def analysed(r, what, a='clip', b='dino', matching='samples', readout='class token')->pd.DataFrame: # of analysis.EMBEDDINGS
@@ -633,7 +634,7 @@ def sensitivity(r:Results)->pd.DataFrame: # columns: claims
     for seeds in copies if len(copies) > 1 else ():
         for way, how in {'': dict(aggregation='twenty'), 'longer stage 2, ': dict(length='longer stage 2')}.items():
             t = judge(r.of_seeds(seeds), **how)
-            if t.low.notna().any(): rows[f'{way}seeds {", ".join(map(str, seeds))}'] = t
+            if t.low.notna().any(): rows[f'{way}VLMs of seeds {", ".join(map(str, seeds))}'] = t
     return pd.DataFrame({k: t.set_index('claim').apply(cell, axis=1) for k, t in rows.items()}).T.reindex(columns=list(CLAIMS)).fillna('')
 
 # %% ../nbs/07_study.ipynb #8de7418c
@@ -781,18 +782,18 @@ def show_along(t:pd.DataFrame, key:str, ax): # of `along`
     else: ax.set(xticks=range(len(names)), xticklabels=names)
     ax.set(xlabel=VARIED[key])
 
-def show_varied(r:Results):
-    "The gap along every setting that there are runs for: linear probes above, VLMs below"
-    tables = {how: [(k, t) for k in VARIED if (t := along(r, k, how)).value.nunique() > 1] for how in LINES}
+def show_varied(r:Results, settings=VARIED):
+    "The gap along settings that there are runs for: linear probes above, VLMs below"
+    tables = {how: [(k, t) for k in settings if (t := along(r, k, how)).value.nunique() > 1] for how in LINES}
     tables = {how: found for how, found in tables.items() if found}
     if not tables: return say('no setting was varied yet')
     heights = [math.ceil(len(found)/2) for found in tables.values()]
     fig = plt.figure(figsize=(7.5, 2.4*sum(heights) + .6*len(heights)), layout='constrained')
     for part, n, (how, found) in zip(fig.subfigures(len(heights), 1, height_ratios=heights, squeeze=False).flat, heights, tables.items()):
         axes, marks = part.subplots(n, 2, squeeze=False).flat, [plt.Line2D([], [], marker='o', color=LINE_COLOURS[l]) for l in LINES[how]]
-        for ax, (k, t) in zip(axes, found): show_along(t, k, ax), ax.set_ylabel('CLIP minus DINO, points')
+        for ax, (k, t) in zip(axes, found): show_along(t, k, ax)
         for ax in axes[len(found):]: ax.set_axis_off()
-        part.legend(marks, LINES[how], title=how, loc='outside upper center', ncols=len(marks))
+        part.legend(marks, LINES[how], title=f'{how}: CLIP minus DINO, points', loc='outside upper center', ncols=len(marks))
 
 # %% ../nbs/07_study.ipynb #bd1db629
 READ = *SETS, 'object', 'within families', 'word', 'count', 'position', 'colour', 'background', 'texture', 'style'  # tasks of linear probes
@@ -800,7 +801,7 @@ READ = *SETS, 'object', 'within families', 'word', 'count', 'position', 'colour'
 def kinds_of_tasks(r:Results, a:str='clip', b:str='dino', matching:str='samples')->pd.DataFrame:
     "Difference of two objectives in everything that has an accuracy and whose runs are there"
     kinds = [('linear probe', t, partial(probed, r, t, a, b)) for t in READ]
-    kinds += [('linear segmentation', 'objects and words', partial(probed, r, 'maps of world', a, b, 'miou'))]
+    kinds += [('linear segmentation', 'segmentation', partial(probed, r, 'maps of world', a, b, 'miou'))]
     kinds += [('VLM', f'{short(g)} questions', partial(answered, r, members, a, b)) for g, members in (*GROUPS.items(), ('Vision', VISION))]
     rows = []
     for how, what, f in kinds:

@@ -161,6 +161,9 @@ def blur_matrix(sigma:torch.Tensor, # (N,) px
     return w/w.sum(-1, keepdim=True)
 
 # %% ../nbs/01_views.ipynb #5ce9d62b
+# columns of the uniform numbers, behind those of the crop: what decides whether a view is changed, and how
+_FLIP, _FACTORS, _JITTER, _ORDER, _GREYS, _BLUR, _SOLARISE, _SIGMA = 0, slice(1, 5), 5, 6, 7, 8, 9, 10
+
 def _t(values, device): return torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)
 
 class Views:
@@ -181,11 +184,12 @@ class Views:
         box = crop_boxes(u, hw, self.of('scale')[:, None], self.of('ratio')[:, None]).to(device, non_blocking=True)
         u = u[..., 2*TRIES + 2:]
         rows = resize_matrix(box[..., 0], box[..., 2], self.size, canvas)
-        cols = resize_matrix(box[..., 1], box[..., 3], self.size, canvas, self.chosen(u[..., 0], 'flip').to(device, non_blocking=True))
+        cols = resize_matrix(box[..., 1], box[..., 3], self.size, canvas, self.chosen(u[..., _FLIP], 'flip').to(device, non_blocking=True))
         x = resample(images, rows, cols).flatten(0, 1)
-        for name, change in ('jitter', self.jittered), ('grey', grey), ('blur', self.blurred), ('solarise', lambda x: torch.where(x >= 128/255, 1 - x, x)):
+        for name, column, change in (('jitter', _JITTER, self.jittered), ('grey', _GREYS, grey), ('blur', _BLUR, self.blurred),
+                                     ('solarise', _SOLARISE, lambda x: torch.where(x >= 128/255, 1 - x, x))):
             if not any(getattr(v, name) for v in self.views): continue
-            which = self.chosen(u[..., dict(jitter=5, grey=7, blur=8, solarise=9)[name]], name).flatten().nonzero()[:, 0]
+            which = self.chosen(u[..., column], name).flatten().nonzero()[:, 0]
             if len(which):
                 i = which.to(device, non_blocking=True)
                 y = x[i]
@@ -196,12 +200,12 @@ class Views:
     def chosen(self, u, name): return u < self.of(name)[:, None]  # (V, B)
 
     def jittered(self, x, u, view): # (n, 3, S, S), draws (n, N), view of each (n,)
-        f = (2*u[:, 1:5] - 1)*self.of('strength')[view] + _t([1, 1, 1, 0], 'cpu')
-        return colour_jitter(x, f, (u[:, 6]*24).long())
+        f = (2*u[:, _FACTORS] - 1)*self.of('strength')[view] + _t([1, 1, 1, 0], 'cpu')
+        return colour_jitter(x, f, (u[:, _ORDER]*24).long())
 
     def blurred(self, x, u, view):
         lo, hi = self.of('sigma')[view].unbind(-1)
-        b = blur_matrix((lo + (hi - lo)*u[:, 10]).to(x.device, non_blocking=True), self.size)[:, None]
+        b = blur_matrix((lo + (hi - lo)*u[:, _SIGMA]).to(x.device, non_blocking=True), self.size)[:, None]
         return (b @ x @ b.mT).clamp_(0, 1)
 
 # %% ../nbs/01_views.ipynb #8f5befc5

@@ -37,8 +37,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from .chat import TEMPLATES, AnyQuestions, Batches, Form, LlavaJson, WorldCaptions, expand, template_of
-from .core import Metrics, PRESETS, Progress, Settings, SettingsError, at_least, check, digest, environment, generator, in_test, injected, one_of, run_dir, say, seeded, sync, theme, write_json, writing
+from .chat import TEMPLATES, AnyQuestions, Batches, Form, LlavaJson, WorldCaptions, template_of, with_picture_tokens
+from .core import Metrics, PRESETS, Progress, Settings, SettingsError, at_least, check, digest, environment, generator, in_test, injected, one_of, run_dir, runs_dir, say, seeded, sync, theme, write_json, writing
 from .encoders import Encoder, HFEncoder, OpenClipEncoder, TimmEncoder, folder_of, load_encoder, reading
 from .lm import settings as lm_settings, small_lm
 from .objectives import layers_of
@@ -74,14 +74,14 @@ class VLMRun(Settings):
     lora: int = 0  # rank of adapters that are trained instead of the language model; 0 for none
     # stage 1 trains the connector, stage 2 connector and language model
     stage1_samples: int = 131_072  # 0: every row once
-    stage1_batch: int = 64
-    stage1_lr: float = 2e-3
-    stage2_samples: int = 131_072
-    stage2_batch: int = 64
-    stage2_lr: float = 1e-3
+    stage1_batch: int = 64  # captions in a step, over all processes
+    stage1_lr: float = 2e-3  # peak learning rate of the connector
+    stage2_samples: int = 131_072  # 0: every row once
+    stage2_batch: int = 64  # conversations in a step, over all processes
+    stage2_lr: float = 1e-3  # peak learning rate of the connector
     lm_lr: float = 1.  # of the language model (or its adapters) in stage 2, as a multiple of the connector's
     warmup: float = .03  # share of a stage with rising learning rate; then a cosine down to 0
-    weight_decay: float = 0.
+    weight_decay: float = 0.  # of all that is trained
     beta2: float = .999  # of AdamW; beta1 is 0.9
     clip_grad: float = 1.  # largest gradient norm
     context: int = 512  # longest conversation, tokens
@@ -444,7 +444,7 @@ def rate(done:float, warmup:float)->float:
 def in_one(v): return v.full_tensor() if isinstance(v, DTensor) else v
 
 def whole_state(x, keep:bool)->dict: # a module or an optimiser; whether this process wants it
-    "Its state in one piece; all processes must ask at the same time"
+    "The state of what may be split over processes, in one piece; all processes must ask at the same time"
     def one(v):
         v = in_one(v).cpu() if isinstance(v, DTensor) else v
         return v if keep else None
@@ -675,7 +675,7 @@ class Held:
         self.questions = WorldVQA('val', run.questions, run.canvas)
         self.seen, self.p, self.image = Seen(p.encoder, self.questions, run), p, form.image
         asked = form([([(prompt(r), None)], True) for r in self.questions.rows])
-        self.ids = [expand(*a, form.image, picture_tokens(run, p.encoder))[0] for a in asked]
+        self.ids = [with_picture_tokens(*a, form.image, picture_tokens(run, p.encoder))[0] for a in asked]
         self.letters = form.begins(LETTERS)
         self.order, self.answers = np.argsort([len(i) for i in self.ids]), np.array([LETTERS.index(r['answer']) for r in self.questions.rows])
 
@@ -720,8 +720,9 @@ def finish(p:Parts, stages:list, begun:float)->dict:
                   connector=run.connector,
                   encoder=dict(name=e.name, fingerprint=p.fingerprint, size=e.size, dim=e.dim, patches=math.prod(e.grid)),
                   tower=type(p.vlm.model.vision_tower).__name__, image_tokens=picture_tokens(run, e),
-                  parameters={k: sum(v.numel() for v in m.parameters())
-                              for k, m in (('tower', p.vlm.model.vision_tower), ('connector', p.reader.connector), ('lm', p.reader.lm))},
+                  parameters={k: sum(v.numel() for m in ms for v in m.parameters())
+                              for k, ms in dict(tower=[p.vlm.model.vision_tower], connector=[p.reader.connector],
+                                                lm=[p.reader.lm, *([] if p.reader.tied else [p.reader.head])]).items()},
                   stages=[dict(seen=s.steps*run.of(s.k, 'batch'), loss=[r['loss'] for r in rows if r['stage'] == s.k][-1],
                                **s.batches.counts(), unusable=dict(p.chats[s.k - 1].missing)) for s in stages],
                   seconds_of_last_start=time.time() - begun,
@@ -762,13 +763,14 @@ def train(run:VLMRun, folder:Path)->dict:
 
 def train_vlm(run:VLMRun)->dict:
     "Train a VLM, or look up a run that is complete; its result"
-    check_inputs(run)
-    folder = run_dir(run.folder_name)
+    folder = runs_dir()/run.folder_name
     if not launched() and (result := complete(folder, run)) is not None:  # of several processes, all or none must look
         if (own := folder_of(run.encoder)) and (own/'result.json').exists():
             check(load_encoder(run.encoder).fingerprint == result['encoder']['fingerprint'],
                   f'{run.encoder} was trained again since {folder.name} was: delete the folder of the VLM to make it again')
         return result
+    check_inputs(run)
+    folder = run_dir(run.folder_name)
     if launched() or world_size(run) == 1: return train(run, folder)
     return spawn(run, folder, 'clipdino.vlm', arguments(run, settings(run.preset)))
 

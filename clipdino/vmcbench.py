@@ -56,10 +56,10 @@ class Score(Settings):
     limit: int = 0  # ask only so many, the first; 0 for all
     how: str = 'both'  # one of HOW
     blind: bool = False  # ask without the pictures
-    batch: int = 32
+    batch: int = 32  # questions that are asked at once
     max_new_tokens: int = 16  # of a written answer
     against: str = ''  # a finished scoring run to compare with, question by question
-    device: str = 'auto'
+    device: str = 'auto'  # cpu, cuda, cuda:1 or the like; auto: a GPU if there is one
     precision: str = 'auto'  # fp32 or bf16; auto is bf16 for models of a billion weights and more on a GPU
 
     def __post_init__(self):
@@ -279,12 +279,13 @@ SUBSETS = dict(GROUPS, Vision=VISION)
 DRAWS = 4000
 
 def successes(rows:list, protocol:str)->np.ndarray: # (n,) 0 or 1
+    "Which questions are answered right, as a protocol judges"
     return np.array([r[PROTOCOLS[protocol]] == r['answer'] and (protocol != 'strict' or r['parsed']) for r in rows], np.float64)
 
 def protocols_of(rows:list)->list: return [p for p, key in PROTOCOLS.items() if key in rows[0]]
 
-def levels(categories:list)->dict: # of the questions -> level -> data sets
-    "The whole, the groups and the data sets that occur"
+def levels(categories:list)->tuple: # of the questions -> {level: data sets}, {data set: [itself]}
+    "The data sets that occur in the whole and in each group; and each by itself"
     have = [c for c in CATEGORIES if c in categories] + sorted(set(categories) - set(CATEGORIES))
     return dict(overall=have, **{g: m for g, members in SUBSETS.items() if (m := [c for c in members if c in have])}), {c: [c] for c in have}
 
@@ -371,6 +372,7 @@ def evaluate(run:Score, questions:Questions=None)->dict: # None: those that the 
     with alone(run_dir(run.folder_name)) as folder: return evaluate_in(folder, run, questions)
 
 def evaluate_in(folder:Path, run:Score, questions:Questions|None)->dict:
+    "As `evaluate`, in a folder that no other process uses"
     other, path, done = folder.parent/run.against, folder/'predictions.jsonl', (folder/'result.json').exists()
     check_kind(folder, run)
     check(done or not run.against or (other/path.name).exists() and (other/'result.json').exists(),
@@ -402,7 +404,10 @@ def evaluate_in(folder:Path, run:Score, questions:Questions|None)->dict:
 LABELS = dict(generate='generate and parse', strict='unparsed is wrong', likelihood='likeliest letter', calibrated='calibrated')
 NAMES = dict(Doc='Doc & Chart', overall='all')
 
-def short(name:str, width:int=24)->str: return textwrap.shorten(NAMES.get(name, name), width, placeholder='…') or name[:width]
+def short(name:str, width:int=24)->str:
+    "A name or a text in at most `width` characters, cut between words, or within the first if that is too long"
+    found = textwrap.shorten(name := NAMES.get(name, name), width, placeholder='…')
+    return found if found != '…' else f'{name.strip()[:width - 1]}…'
 
 def ordered(data_sets)->list: # names
     "Data sets by group, with the groups' names before the first of each"
@@ -507,9 +512,9 @@ def right(runs:pd.DataFrame, questions:Questions, protocol:str='calibrated')->np
     letters = np.array([list(v) for v in told])
     return ((letters if protocol == 'strict' else np.char.upper(letters)) == np.array([r['answer'] for r in questions.rows])).astype(np.float64)
 
-def of_objective(runs:pd.DataFrame, objective:str, blind:bool=False)->pd.DataFrame:
-    "The runs on encoders of an objective, in the order of their seeds"
-    found = runs[((runs.objective if 'objective' in runs else runs.encoder.map(objective_of)) == objective) & (runs.blind == blind)].sort_values('seed')
+def of_objective(runs:pd.DataFrame, objective:str)->pd.DataFrame:
+    "The runs with pictures on encoders of an objective, in the order of their seeds"
+    found = runs[((runs.objective if 'objective' in runs else runs.encoder.map(objective_of)) == objective) & ~runs.blind].sort_values('seed')
     check(found.seed.is_unique, f'{objective} has several runs of seed {found.seed[found.seed.duplicated()].tolist()[:1]}, {", ".join(found.run)}: give those of one comparison')
     return found
 
@@ -523,7 +528,7 @@ def by_objective(runs:pd.DataFrame, questions:Questions, protocol:str='calibrate
 ENOUGH = 3  # seeds, which a grid makes
 
 def compared(ours:list, theirs:list)->list: # seeds -> those to compare in; empty if some are missing
-    "The same, or all that one objective has if the other was given more"
+    "The seeds of two objectives, if they are the same; all that one has, if the other was given more"
     both = [s for s in ours if s in theirs]
     return both if ours == theirs or both in (ours, theirs) and len(both) >= ENOUGH else []
 
@@ -550,7 +555,7 @@ def show_table(found:dict, questions:str, aggregation:str='sets', data_sets:bool
     groups = {short(g): [cell(t[aggregation][g]) for t in found.values()] for g in (*SUBSETS, 'overall') if g in some[aggregation]}
     return pd.DataFrame({**rows, **groups}, index=list(found)).T.style.set_uuid('o').map(lambda v: 'font-weight: bold'*data_sets, subset=(list(groups), slice(None)))
 
-def show_objectives(found:dict, questions:str, aggregation:str='sets', protocol:str='calibrated'): # of `by_objective`
+def show_objectives(found:dict, questions:str, aggregation:str='sets'): # of `by_objective`
     "Accuracy by objective on each data set and group, with intervals over seeds and questions"
     some = next(iter(found.values()))
     rows = [(named(questions, c), 'data_sets', c) for _, members in ordered(some['data_sets']) for c in members]
@@ -562,7 +567,7 @@ def show_objectives(found:dict, questions:str, aggregation:str='sets', protocol:
     for i in range(len(rows)): ax.axhline(i + .5, color='.92', lw=.8, zorder=0)
     ax.axvline(25, color='k', lw=1, ls=':', label='chance')
     ax.set(yticks=range(len(rows)), yticklabels=[r[0] for r in rows], xlim=(0, 100), ylim=(len(rows) - .5, -.5),
-           xlabel=f'accuracy ({LABELS[protocol]}), %')
+           xlabel='accuracy, %')
     for label, (_, way, _) in zip(ax.get_yticklabels(), rows): label.set_fontweight('normal' if way == 'data_sets' else 'bold')
     ax.legend(loc='center left', bbox_to_anchor=(1, .5))
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VERSION', 'FAMILIES', 'OBJECTS', 'NAMES', 'FAMILY_OF', 'WORDS', 'FONTS', 'HUES', 'COLOURS', 'TEXTURES', 'STYLES',
            'POSITIONS', 'SCALES', 'ROTATIONS', 'KINDS', 'MIX', 'SPLITS', 'POLICIES', 'FACTORS', 'DRAW', 'NOISE',
-           'ORDINAL', 'FRAMES', 'shade', 'Scene', 'pick', 'draw', 'from_draws', 'scene', 'counterfactual', 'ink',
+           'CARDINALS', 'FRAMES', 'shade', 'Scene', 'pick', 'draw', 'from_draws', 'scene', 'counterfactual', 'ink',
            'place', 'tile', 'fill', 'lumas', 'background', 'tones', 'Part', 'fitted', 'word_mask', 'object_mask',
            'angle_of', 'plate', 'single_parts', 'word_parts', 'several_parts', 'label_part', 'series', 'bars_parts',
            'line_parts', 'table_parts', 'diagram_parts', 'stylise', 'render', 'annotations', 'subject', 'caption',
@@ -376,7 +376,7 @@ def annotations(s:Scene, size:int)->list: # [(kind, name, (x0, y0, x1, y1), (siz
 
 # %% ../nbs/00_world.ipynb #6bf9e58b
 NOISE = 'IMG 2041 jpg', 'free stock image download', 'click to enlarge', 'photo 1 of 3', 'untitled', 'best price online', 'home page banner', 'wallpaper hd'
-ORDINAL = 'one', 'two', 'three', 'four', 'five'
+CARDINALS = 'one', 'two', 'three', 'four', 'five'
 
 def subject(s:Scene, colour:str, text:bool)->str: # colour word or '', whether to transcribe
     "What the picture shows, in a few words"
@@ -389,7 +389,7 @@ def subject(s:Scene, colour:str, text:bool)->str: # colour word or '', whether t
     if s.kind == 'sign': return f'{thing} sign' + (f' saying {word}' if text else '')
     if s.kind == 'several':
         names = [p.name for p in several_parts(s, 16)]
-        return f'{ORDINAL[s.count]} {names[0]} symbols' if len(set(names)) == 1 else ' and '.join(dict.fromkeys(names))
+        return f'{CARDINALS[s.count]} {names[0]} symbols' if len(set(names)) == 1 else ' and '.join(dict.fromkeys(names))
     if s.kind == 'diagram':
         parts = [p.name for p in diagram_parts(s, 16) if p.kind != 'mark']
         return f'diagram of {parts[0]}' + (f' {parts[1]}' if text else '') + f' and {parts[2]}' + (f' {parts[3]}' if text else '')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIZES', 'FADING', 'COUNTS', 'RELATIONS', 'NTH', 'DIGITS', 'HIDDEN', 'TASKS', 'QUESTIONS', 'one', 'some', 'middle',
            'put', 'of_factor', 'any_object', 'fine_object', 'relative', 'two_factors', 'either_word', 'size',
-           'count_and_more', 'cells', 'relation', 'diagram', 'number', 'largest', 'Task', 'WorldVQA', 'shown_size',
+           'count_and_more', 'cells', 'relation', 'diagram', 'number', 'largest', 'Task', 'WorldVQA', 'nominal_size',
            'facts_of', 'describe', 'knowledge', 'png', 'parquet_schema', 'to_parquet']
 
 # %% ../nbs/05_worldvqa.ipynb #6c3234c4
@@ -256,21 +256,15 @@ class WorldVQA(Questions):
     def pictures(self, ids)->list: return [Image.fromarray(render(s, self.canvas)) for s, _ in self.made(ids)]
     def picture(self, i:int)->Image.Image: return self.pictures([i])[0]
 
-    def facts(self, i:int)->dict:
-        "What question `i` is about, and the factors of its picture by name; those that it lacks are left out"
-        s = self.scene(i)
-        return dict(task=TASKS[self.rows[i]['category']].factor,
-                    **{f: names[s.label(f)] for f, names in FACTORS.items() if s.label(f) >= 0})
-
 # %% ../nbs/05_worldvqa.ipynb #ce0d8685
-def shown_size(s:Scene)->str: return SIZES[s.scale + 3*(s.kind == 'object')]
+def nominal_size(s:Scene)->str: return SIZES[s.scale + 3*(s.kind == 'object')]
 
 def facts_of(s:Scene)->list:
     "What a scene shows, fact by fact"
     thing = f'{COLOURS[s.colour]} {NAMES[s.object]}' if s.object >= 0 else ''
     ground, word = f'on {COLOURS[s.background]}', [f'the word {WORDS[s.word]}'] if s.word >= 0 else []
     if s.kind in ('object', 'placed'):
-        return [thing, f'{TEXTURES[s.texture]} texture', f'{shown_size(s)} per cent',
+        return [thing, f'{TEXTURES[s.texture]} texture', f'{nominal_size(s)} per cent',
                 *([f'at the {POSITIONS[s.position]}'] if s.kind == 'placed' else []), *word, ground]
     if s.kind == 'sign': return [f'sign with a {thing}', *word, ground]
     if s.kind == 'word': return [*word, f'{COLOURS[s.colour]} text', ground]

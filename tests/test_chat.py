@@ -108,7 +108,7 @@ def test_the_layout_of_llava_instruct(tmp_path):
                                                    [('What?\nAnswer the question using a single word or phrase.', 'dog')],
                                                    [('Hello', 'Hi')], [('Is it grey?', 'No')], [('And?', 'Yes')]]
     assert [c.picture_id(i) for i in range(5)] == [0, 1, -1, 0, -1] and len(c.pictures) == 2
-    assert list(c.unusable()) == [('row 3, ocr_vqa/images/4.jpg', 'missing picture')] and c.missing == Counter({'missing picture': 1})
+    assert c.bad == [('row 3, ocr_vqa/images/4.jpg', 'missing picture')] and c.missing == Counter({'missing picture': 1})
 
 @pytest.mark.parametrize('ascii', [True, False])
 def test_any_script_and_any_spacing(tmp_path, ascii):
@@ -135,7 +135,7 @@ FAULTS = {'no list of conversations': [5, {}, dict(conversations='x'), dict(conv
 def test_rows_that_can_not_be_used_are_counted(tmp_path, reason, rows):
     c = LlavaJson(*written(tmp_path, [row(), *rows, row(a='last')]), max_bad=.9)
     assert [c.turns(i)[0][1] for i in range(len(c))] == ['A cat.', 'last']
-    assert list(c.missing.values()) == [len(rows)] and reason in next(iter(c.missing)) and [k.split(',')[0] for k, _ in c.unusable()] == [f'row {k + 1}' for k in range(len(rows))]
+    assert list(c.missing.values()) == [len(rows)] and reason in next(iter(c.missing)) and [k.split(',')[0] for k, _ in c.bad] == [f'row {k + 1}' for k in range(len(rows))]
 
 def test_too_many_of_them_are_refused(tmp_path):
     rows = [row()]*90 + [row(image=f'a/{k}.jpg') for k in range(2, 12)]
@@ -173,9 +173,9 @@ def test_broken_pictures_are_found_before_training_and_once(tmp_path, monkeypatc
     (d/'a/2.jpg').write_bytes(data[:len(data)//2])
     (d/'a/4.jpg').write_bytes(b'')
     c = LlavaJson(path, d, max_bad=.5)
-    assert list(c.unusable()) == [('row 1, a/2.jpg', 'undecodable picture'), ('row 3, a/4.jpg', 'missing picture')] and c.pictures.names == ['a/1.jpg', 'a/3.jpg'] and c.picture_id(1) == 1
+    assert c.bad == [('row 1, a/2.jpg', 'undecodable picture'), ('row 3, a/4.jpg', 'missing picture')] and c.pictures.names == ['a/1.jpg', 'a/3.jpg'] and c.picture_id(1) == 1
     with monkeypatch.context() as m:
-        m.setattr(chat.Files, 'picture', None)  # nothing is decoded again
+        m.setattr(chat.PictureFiles, 'picture', None)  # nothing is decoded again
         assert LlavaJson(path, d, max_bad=.5).fingerprint == c.fingerprint
     third = (d/'a/3.jpg').read_bytes()
     (d/'a/3.jpg').write_bytes(third[:len(third)//2])

@@ -116,6 +116,12 @@ def test_the_other_studies():
     both = of('main,captions', seeds=1)
     assert len(both) == len(of('main', seeds=1).keys() | captions.keys()) and both['clip-mini-s0'] == captions['clip-mini-s0']
 
+def test_what_runs_are_counted_in():
+    def amount(kind, **given): return RUNS[kind].amount(RUNS[kind].settings(**given))
+    for n, given in (40, {}), (8, dict(limit=8)), (40, dict(limit=1000)), (1000, dict(limit=1000, questions='q.tsv')):
+        assert amount('score', preset='smoke', **given) == n
+    assert g.lm_settings('paper') == g.lm_settings('small')
+
 def test_kinds_bring_what_they_need():
     assert [j.kind for j in of('main', seeds=1, objectives='dino', kinds='probe').values()] == ['pretrain', 'probe', 'probe']
     assert {j.kind for j in of('main', seeds=1, kinds='score').values()} == {'pretrain', 'lm', 'vlm', 'score'}

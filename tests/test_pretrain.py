@@ -12,7 +12,7 @@ from torchvision.transforms import InterpolationMode, functional as TF
 
 from clipdino.core import SettingsError, read_json, write_json
 from clipdino.data import loader
-from clipdino.pretrain import OBJECTIVES, NonFinite, Trainer, accelerator, ahead, check_settings, clip_gradients, complete, cost, final_scores, finish, fit, make_probe, make_source, open_encoder, ranks, retrieval, schedule, settings, state_tensors, tensors_digest
+from clipdino.pretrain import OBJECTIVES, NonFinite, Trainer, accelerator, ahead, check_settings, clip_gradients, complete, cost, final_scores, finish, fit, make_probe, make_source, open_encoder, retrieval, retrieval_ranks, schedule, settings, state_tensors, tensors_digest
 from clipdino.views import centre
 from clipdino.world import POLICIES, World
 
@@ -192,6 +192,7 @@ def test_dino_teacher_centre_and_schedules(tmp_path):
     run = smoke('dino', 'x', momentum=.9, centre_momentum=.8, freeze_last=.2, warmup_teacher=.5, warmup_teacher_temp=.02)
     t = Trainer(run, tmp_path)
     o = t.objective
+    o.before_step()  # in whatever loop, before which no progress was set
     from clipdino.objectives import cosine
     for k, batch in zip(range(2), t.batches()):
         teacher, centre, last = [p.clone() for p in o.teacher.parameters()], o.centre.clone(), o.head.last.clone()
@@ -275,8 +276,8 @@ def test_ranks_of_own_keys():
     "Block by block as all at once; one that is first is first, whatever rounding does"
     q, k = (torch.nn.functional.normalize(torch.randn(23, 8, generator=torch.Generator().manual_seed(s)), dim=1) for s in (0, 1))
     s = q @ k.T
-    assert ranks(q, k, batch=5).tolist() == [sum(float(x) > float(row[i]) for x in row) for i, row in enumerate(s)]
-    assert ranks(q, q, batch=7).tolist() == [0]*23 and ranks(torch.ones(5, 4), torch.ones(5, 4), batch=2).tolist() == [2]*5, 'what is all the same is in the middle'
+    assert retrieval_ranks(q, k, batch=5).tolist() == [sum(float(x) > float(row[i]) for x in row) for i, row in enumerate(s)]
+    assert retrieval_ranks(q, q, batch=7).tolist() == [0]*23 and retrieval_ranks(torch.ones(5, 4), torch.ones(5, 4), batch=2).tolist() == [2]*5, 'what is all the same is in the middle'
 
 def test_recall_by_hand():
     "Of images that look for captions, and of captions that look for images"

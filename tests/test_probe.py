@@ -67,6 +67,20 @@ def test_features_in_half_precision():
     x, half = (probe.features(e, s, probe.patch_tokens, dtype=d) for d in ('float32', 'float16'))
     assert (half.dtype, 2*half.nbytes, len(files())) == (np.float16, x.nbytes, 2) and np.allclose(half, x, atol=1e-2) and not (half == x).all()
 
+def test_features_too_large_for_half_precision(monkeypatch):
+    "Are refused, and the file of single precision is kept"
+    e, s = load_encoder(ENCODER), Set()
+    of = e.tokens
+    monkeypatch.setattr(e, 'tokens', lambda x, layers: [(cls, patches + 1e5) for cls, patches in of(x, layers)])
+    with pytest.raises(SettingsError, match='^features of picture 0 of some are not finite under .* give cached=false or precision=fp32$'):
+        probe.features(e, s, probe.patch_tokens, dtype='float16')
+    assert not files() and np.isfinite(probe.features(e, s, probe.patch_tokens)).all()
+
+def test_features_are_read_in_one_of_three_ways():
+    def pooled(encoder, x, layer): return encoder.tokens(x, (layer,))[0][1].mean(1, keepdim=True)
+    with pytest.raises(SettingsError, match='^features are read by one of pooled, joint, patch_tokens,'):
+        probe.features(load_encoder(ENCODER), Set(), pooled)
+
 def test_features_of_pictures_that_processes_read(monkeypatch):
     e, s = load_encoder(ENCODER), Set()
     x = np.array(probe.features(e, s, batch=16))
@@ -241,15 +255,15 @@ def test_folders_shifted_sets_and_maps(tmp_path):
     np.save(tmp_path/'c101'/'cifar10.1_v6_data.npy', g.integers(0, 256, (12, 32, 32, 3), np.uint8))
     np.save(tmp_path/'c101'/'cifar10.1_v6_labels.npy', np.arange(12, dtype=np.int32) % 10)
     for split, n in ('train', 12), ('test', 4):
-        for d in 'images', 'labels': (tmp_path/'m'/d/split).mkdir(parents=True)
+        for d in 'images', 'labels': (tmp_path/'my maps'/d/split).mkdir(parents=True)
         for i in range(n):
             y = np.kron(g.integers(0, 2, (4, 4)), np.ones((8, 8))).astype(np.uint8)
-            Image.fromarray((y*200)[..., None].repeat(3, 2)).save(tmp_path/'m'/'images'/split/f'{i}.png')
-            Image.fromarray(y).save(tmp_path/'m'/'labels'/split/f'{i}.png')
+            Image.fromarray((y*200)[..., None].repeat(3, 2)).save(tmp_path/'my maps'/'images'/split/f'{i}.png')
+            Image.fromarray(y).save(tmp_path/'my maps'/'labels'/split/f'{i}.png')
     r = probe.probe(probe.settings('smoke', encoder=ENCODER,
-                                   data=f'{tmp_path}/mine, cifar10:{tmp_path}/c10, cifar10.1:{tmp_path}/c101, maps:{tmp_path}/m'))['tasks']
+                                   data=f'{tmp_path}/mine, cifar10:{tmp_path}/c10, cifar10.1:{tmp_path}/c101, maps:{tmp_path}/my maps'))['tasks']
     assert r['mine']['linear']['top1'] > .9 and r['cifar10.1']['linear']['pictures'] == 12 and r['cifar10.1']['linear']['setting'] == r['cifar10']['linear']['setting']
-    assert r['maps of m']['miou'] > r['maps of m']['constant'] + .2
+    assert r['maps of my maps']['miou'] > r['maps of my maps']['constant'] + .2
     with pytest.raises(SettingsError, match='scored with the probe of cifar10: put cifar10:PATH before it'):
         probe.probe(probe.settings('smoke', encoder=ENCODER, name='b', data=f'cifar10.1:{tmp_path}/c101'))
 

@@ -2,6 +2,8 @@
 import json, os, re, subprocess, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -14,11 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPConfig, T5Config, ViTConfig
 
 import clipdino.data as data
-from clipdino.core import SettingsError, mix
+from clipdino.core import Settings, SettingsError, mix
 from clipdino.data import BadData
 from clipdino.encoders import load_encoder
 from clipdino.objectives import OWN, Objective, Own, TextTower, clip_loss, make_encoder, siglip_loss
-from clipdino.pretrain import MEAN, OBJECTIVES, Pretrain, STD, Trainer, accelerator, arguments, check_inputs, main, make_objective, one_view, pretrain, program, settings, spawn, state_tensors, view_groups, world_size
+from clipdino.pretrain import MEAN, OBJECTIVES, Pretrain, STD, Trainer, accelerator, arguments, check_inputs, helps, main, make_objective, one_view, pretrain, program, settings, spawn, state_tensors, view_groups, world_size
 from clipdino.views import make_views
 
 root = Path(__file__).parent.parent
@@ -117,6 +119,9 @@ def test_a_refusal_is_found_in_all_that_torchrun_reports(tmp_path, monkeypatch):
     torchrun.chmod(0o755)
     monkeypatch.setattr('sys.executable', str(torchrun))
     with pytest.raises(RuntimeError, match='^the reason$'): spawn(settings('smoke', processes=4), tmp_path/'x')
+    with pytest.raises(SystemExit) as e:
+        program('x', Pretrain, lambda **given: spawn(settings('smoke', processes=4), tmp_path/'x'), 'About.', [])
+    assert e.value.code == 'clipdino stops: the reason'
     torchrun.write_text("#!/bin/sh\necho '[rank1]: Traceback (most recent call last):'\necho '[rank1]: torch.OutOfMemoryError: no room'\nseq 100\necho torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\nexit 1\n")
     with pytest.raises(RuntimeError, match='^a process of x ended with code 1: torch.OutOfMemoryError: no room\n'):
         spawn(settings('smoke', processes=4), tmp_path/'x')
@@ -126,6 +131,11 @@ def test_a_refusal_is_found_in_all_that_torchrun_reports(tmp_path, monkeypatch):
     torchrun.write_text("#!/bin/sh\necho torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\necho 'Signal 9 (SIGKILL)'\nexit 1\n")
     with pytest.raises(RuntimeError, match='^a process of x ended with code 1: torch.*:\nSignal 9'):
         spawn(settings('smoke', processes=4), tmp_path/'x')
+
+@pytest.mark.parametrize('module', ['pretrain', 'probe', 'analysis', 'vlm', 'vmcbench', 'lm', 'grid'])
+def test_help_says_something_of_every_setting(module):
+    for kind in (k for k in vars(import_module(f'clipdino.{module}')).values() if isinstance(k, type) and issubclass(k, Settings)):
+        assert {f.name for f in fields(kind)} == set(helps(kind))
 
 def test_an_interrupted_program_says_so(capsys):
     def go(**given): raise KeyboardInterrupt
@@ -270,6 +280,11 @@ def test_slips_in_ones_own_objective_are_named(monkeypatch):
     with pytest.raises(SettingsError,
                        match='make of mine returns a VisionTransformer, which does not derive from clipdino.objectives.Objective'):
         make_objective(settings('smoke', 'mine'))
+
+def test_captions_take_a_text_with_tokenize(monkeypatch):
+    class Reads(Objective): captions = True
+    monkeypatch.setitem(OWN, 'mine', Own(make=lambda run, encoder: Reads(encoder), views=one_view))
+    with pytest.raises(SettingsError, match='^mine reads captions, and has no text with tokenize$'): make_objective(settings('smoke', 'mine'))
 
 class Both(Objective):
     "Has what a joint space takes"

@@ -11,7 +11,7 @@ from scipy.stats import t as student, ttest_1samp
 
 import clipdino.analysis as analysis, clipdino.pretrain as pretrain, clipdino.probe as probe, clipdino.study as study, clipdino.vlm as vlm, clipdino.vmcbench as vmcbench
 from clipdino.analysis import patch_colours
-from clipdino.core import SettingsError, read_json, digest, stamp, write_json
+from clipdino.core import SettingsError, digest, read_json, stamp, write_json
 from clipdino.encoders import load_encoder
 from clipdino.grid import Grid
 from clipdino.questions import GROUPS, LETTERS, VISION, Questions
@@ -117,8 +117,8 @@ def test_copies_of_a_language_model_are_judged_apart(tmp_path, monkeypatch):
     r = Results('mini', tmp_path)
     monkeypatch.setattr(study, 'OTHERWISE', {'equal samples': {}})
     s = sensitivity(r)
-    gaps = [float(s.loc[k, '5'].split(',')[0]) for k in ('seeds 0, 2', 'seeds 1, 3')]
-    assert r.copies() == [[0, 2], [1, 3]] and gaps == [pytest.approx(30, abs=8), 0] and s.loc['seeds 1, 3', '1'] == ''
+    gaps = [float(s.loc[k, '5'].split(',')[0]) for k in ('VLMs of seeds 0, 2', 'VLMs of seeds 1, 3')]
+    assert r.copies() == [[0, 2], [1, 3]] and gaps == [pytest.approx(30, abs=8), 0] and s.loc['VLMs of seeds 1, 3', '1'] == ''
     assert judge(r.of_seeds([1, 3])).set_index('claim').seeds[['1', '5']].tolist() == [4, 2], 'encoders are the same with any language model'
 
 def test_matched_by_accuracy(tmp_path):
@@ -567,13 +567,15 @@ def test_real_runs_become_tables(tmp_path, monkeypatch, capsys):
     assert shown[probes['name']]['linear']['object'] == pytest.approx(probes['tasks']['object']['linear']['top1'], abs=1e-4)
     (tmp_path/'runs/cut').mkdir()
     for f in 'settings.json', 'result.json': (tmp_path/'runs/cut'/f).write_text('{')
+    (tmp_path/'runs/foreign').mkdir()
+    for f in 'settings.json', 'result.json': write_json(tmp_path/'runs/foreign'/f, dict(preset='smoke', objective='clip'))
     (tmp_path/'runs/score-vlm-clip-smoke-s1').rename(tmp_path/'runs/renamed-s1')
-    shutil.copytree(tmp_path/'runs/probe-clip-smoke-s0', tmp_path/'runs/foreign')
-    write_json(f := tmp_path/'runs/foreign/settings.json', read_json(f) | dict(encoder='random:clipdino_vit_smoke'))  # which is no run
+    shutil.copytree(tmp_path/'runs/probe-clip-smoke-s0', tmp_path/'runs/probe-of-none')
+    write_json(f := tmp_path/'runs/probe-of-none/settings.json', read_json(f) | dict(encoder='random:clipdino_vit_smoke'))  # which is no run
     to = tmp_path/'tables'
     to.mkdir()
     collect('smoke', to=to)
-    assert re.search(r'cut is left out: .*settings.json is damaged.*\nforeign is left out: random:clipdino_vit_smoke is not among the runs of the preset smoke that were gathered', capsys.readouterr().out)
+    assert re.search(r'cut is left out: .*settings.json is damaged.*\nforeign is left out: it is no run of the study\nprobe-of-none is left out: random:clipdino_vit_smoke is not among the runs of the preset smoke that were gathered', capsys.readouterr().out)
     t = {f.name.removesuffix('_smoke.csv'): read_table(f) for f in to.iterdir()}
     assert set(t) == {'runs', 'pretrain', 'probe', 'analysis', 'pairs', 'vmcbench', 'questions', 'patches'} and sorted(t['runs'].kind) == ['analysis', 'pretrain', 'pretrain', 'probe', 'vlm', 'vlm', 'vmcbench', 'vmcbench']
     runs = t['runs'].set_index('run')
@@ -605,6 +607,7 @@ def test_the_readme_gets_its_table_and_keeps_the_rest(tmp_path, monkeypatch):
     write(tables, **AS_THE_PAPER); monkeypatch.chdir(tmp_path); monkeypatch.setattr(study, 'collect', lambda preset: None)
     Path('README.md').write_text('before\n<!-- claims -->\nold\n<!-- end of claims -->\nafter\n')
     study.refresh()
+    assert stamp() == stamp(tables) != stamp(Path(study.__file__).parents[1]/'nbs/results/study'), 'what is stamped is what was read'
     said = Path('README.md').read_text()
     assert said.startswith(f'before\n<!-- claims -->\nPreset `mini`, from result files {stamp(tables)}') and said.endswith(f'|\n\n{corrected_together(judgements(Results("mini", tables)))}\n<!-- end of claims -->\nafter\n')
     assert 'old' not in said and said.count('| 5 |') == 1 and re.search(r'\| 5 \|.*replicated \(p.*\), 3 seeds', said)

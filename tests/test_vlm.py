@@ -261,7 +261,7 @@ def same(a, b): return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, 
 def test_encoder_and_language_model_stay_as_they_were_until_they_are_trained():
     run = smoke('frozen', encoder=MINI)
     p = parts(run)
-    p.first_steps, p.metrics = 0, Metrics(p.folder/'metrics.jsonl')
+    p.first_steps, p.metrics = 0, Metrics(p.folder/'metrics.jsonl', -1)
     llm, tower = open_llm('world', 'smoke')[0].state_dict(), tower_of(load_encoder(MINI), -2).state_dict()
     connector = {k: v.clone() for k, v in p.reader.connector.state_dict().items()}
     Stage(p, 1).fit()
@@ -569,7 +569,7 @@ def test_other_settings_or_data_are_refused_by_name(tmp_path, monkeypatch):
 
 def test_a_run_that_is_complete_is_looked_up(monkeypatch, capsys):
     folder, result = trained('done')
-    monkeypatch.setattr('clipdino.vlm.Parts', None)
+    for what in 'Parts', 'check_inputs': monkeypatch.setattr(f'clipdino.vlm.{what}', None)  # its data may have moved
     assert train_vlm(smoke('done')) == result and 'done is complete; delete its folder to run it again' in capsys.readouterr().out
     with pytest.raises(SettingsError, match='done was begun with other settings: seed was 0 and is now 1'): train_vlm(smoke('done', seed=1))
 
@@ -594,7 +594,7 @@ def test_tokens_that_are_on_the_gpu_are_not_pinned(monkeypatch):
 
 def test_what_is_not_finite_stops_the_run_before_it_does_harm():
     p = parts(smoke('nan'))
-    p.first_steps, p.metrics = 4, Metrics(p.folder/'metrics.jsonl')
+    p.first_steps, p.metrics = 4, Metrics(p.folder/'metrics.jsonl', -1)
     s, ids = Stage(p, 1), None
     good = p.seen[0].rows
     p.seen[0].rows = s.seen.rows = np.array(good)
@@ -620,7 +620,7 @@ def test_features_that_are_not_finite_are_refused():
 def test_adapters_are_trained_alone_and_then_become_part_of_the_model():
     run = smoke('lora', lora=4, connector='mlp', lm_lr=3.)
     p = parts(run)
-    p.first_steps, p.metrics = 0, Metrics(p.folder/'metrics.jsonl')
+    p.first_steps, p.metrics = 0, Metrics(p.folder/'metrics.jsonl', -1)
     llm = open_llm('world', 'smoke')[0].model.state_dict()
     s = Stage(p, 2)
     assert all('.lora_' in n or n.startswith('connector.') for n, v in p.reader.named_parameters() if v.requires_grad)
@@ -680,6 +680,8 @@ def test_language_models(tmp_path, case):
     assert {k: getattr(model.generation_config, k) for k in ('bos_token_id', 'eos_token_id', 'temperature', 'do_sample')} == dict(bos_token_id=1, eos_token_id=2, temperature=None, do_sample=None)
     run, began = smoke(f'llm-{case}-again', llm=llm, stage1_samples=16, stage2_samples=32), open_llm(llm, 'smoke')[0]
     assert result['stages'][0]['loss'] == pytest.approx(naive(run, 1, 0), rel=1e-5)
+    own = {id(v): v.numel() for v in (*model.model.language_model.parameters(), *model.lm_head.parameters())}
+    assert result['parameters']['lm'] == sum(own.values())
     head, first = model.lm_head.weight, began.get_output_embeddings().weight
     assert head.shape == first.shape and not torch.equal(head, first)
     assert torch.equal(head, model.get_input_embeddings().weight) == bool(began.config.tie_word_embeddings)

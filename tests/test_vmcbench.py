@@ -61,6 +61,10 @@ def jsonl(path, rows):
 
 WRITERS = dict(parquet=parquet, tsv=tsv, jsonl=jsonl)
 
+def test_names_that_are_cut():
+    assert [vmc.short(n) for n in ('Doc', 'VQAv2', 'as long as this name, or longer')] == ['Doc & Chart', 'VQAv2', 'as long as this name,…']
+    assert vmc.short('a/word/that/has/no/space/in/it') == 'a/word/that/has/no/space…'[:23] + '…' and len(vmc.short('x'*99, 8)) == 8
+
 # questions from files
 
 @pytest.mark.parametrize('form', WRITERS)
@@ -163,12 +167,20 @@ def test_damaged_files_get_a_sentence(tmp_path):
     (tmp_path/'bad.jsonl').write_text('{"question": 1\n')
     (tmp_path/'few.jsonl').write_text('{"question": "?"}\n')
     (tmp_path/'none.jsonl').write_text('')
+    (tmp_path/'latin.tsv').write_bytes(table.replace('a cat', 'un château').encode('latin-1'))
+    (tmp_path/'return.tsv').write_text(table.replace('a cat', 'a\rcat'), newline='')
+    for name, change in dict(object=dict(options=dict(A='x', B='y', C='z', D='w')), text=dict(options='abcd'), part=dict(index=1.2)).items():
+        (tmp_path/f'{name}.jsonl').write_text(json.dumps(dict(question='?', image='1.png', options=list('wxyz'), answer='A') | change) + '\n')
     for name, sentence in {'cut.parquet': 'is no whole parquet file', 'empty.parquet': 'is no whole parquet file',
                            'few.parquet': 'has no column A, B, C, D, answer, category, image',
                            'cut.tsv': 'row 5 has 8 of 9 fields: the file seems cut off',
                            'few.tsv': 'has no column A, B', 'bad.jsonl': 'bad.jsonl, row 0 is no JSON',
                            'few.jsonl': 'few.jsonl, row 0 has no column image', 'none.jsonl': 'none has no question with four options',
-                           'gone.tsv': 'is nothing to read',
+                           'gone.tsv': 'is nothing to read', 'latin.tsv': '^latin.tsv is not UTF-8 .invalid continuation byte at byte [0-9]+.$',
+                           'return.tsv': '^return.tsv is no table with tabs, after byte [0-9]+ .new-line character',
+                           'object.jsonl': 'object.jsonl, row 0: options must be a list, and are {"A": "x"',
+                           'text.jsonl': 'text.jsonl, row 0: options must be a list, and are "abcd"$',
+                           'part.jsonl': 'part.jsonl, row 0: index=1.2 is no whole number',
                            'vmcbench:val': "split of vmcbench='val'"}.items():
         with pytest.raises(SettingsError, match=sentence): open_questions(name)
 

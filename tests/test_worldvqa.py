@@ -14,7 +14,7 @@ from sklearn.naive_bayes import MultinomialNB
 
 from clipdino.core import SettingsError
 from clipdino.questions import CATEGORIES, COLUMNS, LETTERS, VISION, Questions
-from clipdino.world import COLOURS, DRAW, FAMILIES, HUES, NAMES, POSITIONS, SPLITS, STYLES, TEXTURES, WORDS, annotations, render, series
+from clipdino.world import COLOURS, DRAW, FACTORS, FAMILIES, HUES, NAMES, POSITIONS, SPLITS, STYLES, TEXTURES, WORDS, annotations, render, series
 from clipdino.worldvqa import TASKS, WorldVQA, describe, knowledge, to_parquet
 
 PX = 120
@@ -293,7 +293,7 @@ def test_tasks_can_be_chosen(vqa):
     w = WorldVQA(n=40, tasks=VISION)
     assert [r['category'] for r in w.rows[:5]] == list(VISION) and Counter(r['answer'] for r in w.rows) == dict.fromkeys(LETTERS, 10)
     assert [TASKS[t].factor for t in VISION] == ['count', 'size', 'style', 'colour', 'position']
-    assert vqa.facts(5)['colour'] == answer(vqa.rows[5]) and vqa.facts(3)['style'] == answer(vqa.rows[3]) and vqa.facts(10)['task'] == 'position'
+    assert [FACTORS[f][vqa.scene(i).label(f)] for f, i in (('colour', 5), ('style', 3), ('position', 10))] == [answer(vqa.rows[i]) for i in (5, 3, 10)]
 
 @pytest.mark.parametrize('wrong, says', [(dict(split='training'), "split='training' is not one of train, probe, val, test"),
                                          (dict(tasks=('GQA', 'MMLU')), "task='MMLU' is not one of SEEDBench"),

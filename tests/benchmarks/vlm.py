@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from clipdino.chat import Form, expand
+from clipdino.chat import Form, with_picture_tokens
 from clipdino.core import environment
 from clipdino.pretrain import accelerator
 import clipdino.vlm
@@ -28,7 +28,7 @@ class Peer:
         self.opt = torch.optim.AdamW([v for v in p.vlm.parameters() if v.requires_grad], lr=1e-4, fused=True)
         form, chats, n = Form(p.tokenizer, p.run.template), p.chats[1], picture_tokens(p.run, p.encoder)
         made = form([(chats.turns(i), True) for i in range(len(chats))])
-        self.rows = [expand(*m, form.image, n) for m in made]
+        self.rows = [with_picture_tokens(*m, form.image, n) for m in made]
         self.order = np.random.default_rng(0)
     def step(self)->int: # -> conversations
         at = self.order.choice(len(self.rows), self.batch, replace=False)
