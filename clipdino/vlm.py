@@ -662,6 +662,10 @@ class Parts:
         "The adapters become part of the language model"
         if self.adapted is not None: self.vlm.model.language_model = self.reader.lm = self.adapted.merge_and_unload()
 
+    def open_metrics(self, first_steps:int, at:int):
+        "The log up to step `at`; those of stage 2 are counted on from those of stage 1"
+        self.first_steps, self.metrics = first_steps, on_main(self.acc, lambda: Metrics(self.folder/'metrics.jsonl', upto=at or -1))
+
     def log(self, **values):
         row = dict(step=values['stage_step'] + (values['stage'] == 2)*self.first_steps, **values)
         if self.acc.is_main_process: self.metrics.add(**row)
@@ -750,8 +754,8 @@ def train(run:VLMRun, folder:Path)->dict:
         begun, p = time.time(), Parts(run, folder, acc)
         if run.tracker: acc.init_trackers('clipdino', asdict(run))
         first, second = stages_of(p)
-        p.first_steps, at = first.steps, first.steps + second.step if second else first.step
-        p.metrics = on_main(acc, lambda: Metrics(folder/'metrics.jsonl', upto=at or -1))
+        at = first.steps + second.step if second else first.step
+        p.open_metrics(first.steps, at)
         if at and acc.is_main_process:
             say(f'continuing {folder.name} from step {at - first.steps*bool(second)} of stage {1 + bool(second)}')
         if not second:

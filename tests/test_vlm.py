@@ -261,7 +261,7 @@ def same(a, b): return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, 
 def test_encoder_and_language_model_stay_as_they_were_until_they_are_trained():
     run = smoke('frozen', encoder=MINI)
     p = parts(run)
-    p.first_steps, p.metrics = 0, Metrics(p.folder/'metrics.jsonl', -1)
+    p.open_metrics(0, 0)
     llm, tower = open_llm('world', 'smoke')[0].state_dict(), tower_of(load_encoder(MINI), -2).state_dict()
     connector = {k: v.clone() for k, v in p.reader.connector.state_dict().items()}
     Stage(p, 1).fit()
@@ -594,7 +594,7 @@ def test_tokens_that_are_on_the_gpu_are_not_pinned(monkeypatch):
 
 def test_what_is_not_finite_stops_the_run_before_it_does_harm():
     p = parts(smoke('nan'))
-    p.first_steps, p.metrics = 4, Metrics(p.folder/'metrics.jsonl', -1)
+    p.open_metrics(4, 0)
     s, ids = Stage(p, 1), None
     good = p.seen[0].rows
     p.seen[0].rows = s.seen.rows = np.array(good)
@@ -620,7 +620,7 @@ def test_features_that_are_not_finite_are_refused():
 def test_adapters_are_trained_alone_and_then_become_part_of_the_model():
     run = smoke('lora', lora=4, connector='mlp', lm_lr=3.)
     p = parts(run)
-    p.first_steps, p.metrics = 0, Metrics(p.folder/'metrics.jsonl', -1)
+    p.open_metrics(0, 0)
     llm = open_llm('world', 'smoke')[0].model.state_dict()
     s = Stage(p, 2)
     assert all('.lora_' in n or n.startswith('connector.') for n, v in p.reader.named_parameters() if v.requires_grad)
