@@ -70,7 +70,8 @@ def check_run(run):
             vlm.check_inputs(run)
     if isinstance(run, probe.ProbeRun): [split_spec(s.removeprefix('maps:')) for s in listed(run.data) if s != 'world']
     if isinstance(run, pretrain.Pretrain):
-        assert run.data == 'world' or all(p.endswith('.tar') or '/' in p for p in _parts(run.data)), run.data
+        # `shards` is the folder that the page's own command fills
+        assert run.data in ('world', 'shards') or all(p.endswith('.tar') or '/' in p for p in _parts(run.data)), run.data
         if run.probe_data: split_spec(run.probe_data)
     if isinstance(run, vmcbench.Score) and run.questions.startswith('vmcbench'):
         assert run.questions.split(':')[1] in SPLIT_FILES, run.questions
