@@ -152,7 +152,7 @@ def minimise(f, w, h, tol:float, steps:int): # f: (S, P), indices -> values (S,)
         w[on] = old + step[:, None]*d
         s, y = step[:, None]*d, g - old_g
         sy = (s*y).sum(1, keepdim=True)
-        pairs = [*pairs[-7:], (s, y, torch.where(sy > 1e-12, 1/sy, 0.))]
+        pairs = [*pairs[-7:], (s, y, torch.where(sy > 1e-12, 1/sy, 0.))]  # the latest eight
     return w, count
 
 # %% ../nbs/01_readouts.ipynb #0ff1238f
@@ -274,7 +274,7 @@ def knn(x, y, x_test, classes:int, k:int=20, device='cpu')->torch.Tensor: # (n, 
             sim, near = (s, i + b) if sim is None else (torch.cat([sim, s], 1), torch.cat([near, i + b], 1))
             sim, order = sim.topk(min(k, sim.shape[1]), dim=1)
             near = near.gather(1, order)
-        out.append(torch.zeros(len(q), classes, device=device).scatter_add_(1, y[near], ((sim - 1)/.07).exp()).cpu())
+        out.append(torch.zeros(len(q), classes, device=device).scatter_add_(1, y[near], ((sim - 1)/.07).exp()).cpu())  # DINO's temperature
     return torch.cat(out)
 
 def few_shot(x, y, x_test, y_test, classes:int, shots:int, draws:int=10, seed:int=0)->list: # -> accuracies of `draws` random choices of examples

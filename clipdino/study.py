@@ -236,7 +236,7 @@ class Results:
         check(other.empty, f'{", ".join(other[:1])} was trained again since its answers were scored: score it again')
         for (seed, llm), g in t.groupby(['seed', 'llm']):
             odd = g.drop_duplicates('llm_weights')
-            check(len(odd) == 1, f'{" and ".join(odd.vlm[:2])}, VLMs of seed {seed}, were made with two copies of the language model {llm}, {" and ".join(w or "not noted" for w in odd.llm_weights[:2])}, so they differ in more than their encoders: make all with one copy')
+            check(len(odd) == 1, f'{" and ".join(odd.vlm[:2])}, VLMs of seed {seed}, were made with two copies of the language model {llm}, {" and ".join(w or "not noted" for w in odd.llm_weights[:2])}, so they differ in more than their encoders: make all with one, whose folder is lm-{self.preset}-... in the cache')
         return t.assign(variant=[' '.join(filter(None, (v, of.variant[m]))) for v, m in zip(t.variant, t.vlm)])
     def copies(self)->list: # of lists of seeds
         "Seeds whose VLMs share a copy of the preset's language model; a small one that is trained again on another processor is another copy"
