@@ -268,7 +268,7 @@ def test_intervals_cover():
         a, b = g.random(60) < .7, g.random(90) < .3
         low, high = aggregate([*a, *b], ['GQA']*60 + ['MMMU']*90)['twenty']['overall']['interval']
         hits += low <= .5 <= high
-    assert hits >= 88  # of 100, at 95%
+    assert 88 <= hits <= 98  # of 100, at 95%
 
 @pytest.mark.parametrize('spread', [0., .1, 1.])
 def test_intervals_over_three_seeds_cover(spread):
