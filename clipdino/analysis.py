@@ -365,7 +365,7 @@ def analyse_in(folder:Path, encoders:list, run:AnalysisRun)->dict:
                         structure=lambda: structure(encoders, images, None if y is None else y[:len(images)], run)).items():
         say(f'{what} ...')
         result[what] = f()
-    write_json(folder/'result.json', dict(result, environment=environment()))
+    write_json(folder/'result.json', dict(result, environment=environment(encoders[0].device)))
     return read_json(folder/'result.json')
 
 # %% ../nbs/04_analysis.ipynb #62a16181

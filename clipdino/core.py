@@ -240,11 +240,14 @@ def commit()->str:
 
 def cores()->int: return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()  # that this process may use
 
-def environment()->dict:
+torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32 on GPUs, in convolutions as in matrix products; bf16 is there for speed
+
+def environment(device=None)->dict: # None: what is used unless a device is named
     "What a run ran on: Python, packages, commit and device; digests of plug-ins"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{platform.machine()} CPU, {os.cpu_count()} cores'
+    device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{platform.machine()} CPU, {os.cpu_count()} cores'
     own = {p: digest(Path(f).read_bytes()) for p in plugins() if (f := getattr(sys.modules.get(p), '__file__', None))}
-    return dict(python=platform.python_version(), packages={p: metadata.version(p) for p in PACKAGES}, commit=commit(), device=device,
+    return dict(python=platform.python_version(), packages={p: metadata.version(p) for p in PACKAGES}, commit=commit(), device=name,
                 **(dict(plugins=own) if own else {}))
 
 # %% ../nbs/00_core.ipynb #b3421600

@@ -131,7 +131,7 @@ class Grid(Settings):
     threads: int = 0  # of each run; 0: one, or with GPUs an equal share of the cores
     slurm: bool = False  # print the commands for Slurm instead
     submit: bool = False  # and submit them
-    options: str = ''  # of sbatch, with an equals sign: --options="--partition=gpu --gpus=8"
+    options: str = ''  # of sbatch, with an equals sign: --options="--partition=gpu --nodes=1 --gpus-per-node=8"
     options_one: str = ''  # the same for runs that can use one GPU only (all but pretrain and vlm); empty: as `options`
 
     def __post_init__(self):

@@ -152,13 +152,14 @@ def train_small(run:SmallLM, tokenizer, device='cpu', folder:Path|None=None, eve
             torch.optim.AdamW(rest, betas=(.9, .98), weight_decay=0., fused=True))
     start = load_state(folder, model.model, Both(*opts)) if folder else 0
     if start: say(f'continuing the small language model from step {start} of {steps}')
+    half = torch.device(device).type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
     letters, shown = torch.tensor(tokenizer.convert_tokens_to_ids(list(LETTERS)), device=device), Progress(steps, start)
     for step, (ids, weights) in enumerate(prefetch(batches(run, form, start)), start + 1):
         ids, weights = ids.to(device), weights.to(device)
         weights[torch.isin(ids, letters) & (weights == 1)] = 3.  # the task itself
         for g in (g for o in opts for g in o.param_groups):
             g['lr'] = run.lr*min(step/100, 1, 2*(1 - (step - 1)/steps))  # up, level, and down over the second half
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda): logits = model(ids[:, :-1]).logits
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=half): logits = model(ids[:, :-1]).logits
         losses = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction='none')
         loss = (losses*weights[:, 1:].flatten()).sum()/weights[:, 1:].sum()
         loss.backward()

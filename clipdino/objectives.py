@@ -7,7 +7,7 @@ __all__ = ['MEAN', 'STD', 'default_cfgs', 'CLIP_VOCAB', 'BYTE_TOKENS', 'OWN', 'C
            'clipdino_vit_mini', 'DropPath', 'encode', 'LastBlock', 'make_encoder', 'patch_of', 'clip_tokenizer', 'trim',
            'ShortText', 'text_heads', 'TextTower', 'text_folder', 'layers_of', 'text_config', 'PretrainedText', 'full',
            'one_process', 'gather', 'rank', 'exactly', 'clip_loss', 'siglip_loss', 'in_parts', 'Objective',
-           'Contrastive', 'Own', 'dino_loss', 'GlobalBatchNorm', 'DINOHead', 'cosine', 'DINO', 'Hybrid']
+           'Contrastive', 'Own', 'similarities', 'dino_loss', 'GlobalBatchNorm', 'DINOHead', 'cosine', 'DINO', 'Hybrid']
 
 # %% ../nbs/01_objectives.ipynb #935fa519
 import copy, gzip, math, tempfile
@@ -325,6 +325,12 @@ class Own(NamedTuple):
     changes: dict = {}  # its settings that differ from CLIP's, in all presets
 
 # %% ../nbs/01_objectives.ipynb #2b6753c2
+def similarities(x:torch.Tensor, # (..., D) unit length
+                 w:torch.Tensor, # (K, D) unit length
+                )->torch.Tensor: # (..., K)
+    "Cosine similarities, of which a temperature makes logits"
+    with exactly(x): return F.linear(full(x), full(w))
+
 def dino_loss(student:torch.Tensor, # (V, B, K) logits / temperature, the global views first
               targets:torch.Tensor, # (G, B, K) teacher probabilities of the global views
              )->torch.Tensor:
@@ -418,10 +424,10 @@ class DINO(Objective):
     def scores(self, s, t, w_s, w_t)->tuple: # embeddings (V, b, D) and (2, b, D), prototypes (K, D) of student and teacher
         "Sums over samples: loss, entropy of the targets, and the targets (K,)"
         with torch.no_grad():
-            log_q = ((full(F.linear(t, w_t)) - self.centre)/self.temp).log_softmax(-1)
+            log_q = ((similarities(t, w_t) - self.centre)/self.temp).log_softmax(-1)
             q = log_q.exp()
             entropy = -(q*log_q).sum(-1).mean(0).sum()
-        return dino_loss(full(F.linear(s, w_s))/self.student_temp, q)*s.shape[1], entropy, q.sum((0, 1))
+        return dino_loss(similarities(s, w_s)/self.student_temp, q)*s.shape[1], entropy, q.sum((0, 1))
 
     def distil(self, h, t)->dict: # the student's class tokens (V*B, D), the teacher's embeddings (2, B, bottleneck)
         "Loss; the targets' entropy, their divergence from the student, and what they say of the picture, in nats"

@@ -533,9 +533,10 @@ def agree(acc:Accelerator, **seen): # what this process found, by name
 class Parts:
     "What a run is made of: source, objective, optimiser, state, lists of metrics and bad samples"
     def __init__(self, run:Pretrain, folder:Path, acc:Accelerator|None=None, source=None): # source: other pictures and captions than `run.data`
-        self.run, self.folder, self.environment = run, folder, environment()
+        self.run, self.folder = run, folder
         self.source = make_source(run) if source is None else source
         self.acc = acc or accelerator(run, folder)
+        self.environment = environment(self.acc.device)
         on_main(self.acc, lambda: check_settings(folder, run, self.source.fingerprint, precision_of(run),
                                                  anew=not any(folder.glob('state-*'))))
         if run.tracker: self.acc.init_trackers('clipdino', asdict(run))
@@ -556,7 +557,7 @@ class Parts:
         if run.compile == 'on' or run.compile == 'auto' and self.acc.device.type == 'cuda':
             for tower in self.objective.towers: getattr(self.objective, tower).compile(dynamic=False)
         self.model = self.acc.prepare(self.objective)
-        self.add_views = AddViews(view_groups(run), run.seed, MEAN, STD, dtype)
+        self.add_views = AddViews(view_groups(run), run.seed, MEAN, STD, dtype, run.micro)
         self.probe = make_probe(run) if self.acc.is_main_process else None
         self.watch = Watch(self.objective)
         self.settled = self.acc.num_processes == 1

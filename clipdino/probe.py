@@ -385,7 +385,7 @@ def probe_in(folder:Path, encoder:Encoder, run:ProbeRun)->dict:
     results, right, maps = probe_all(encoder, run, sets)
     about = dict(name=encoder.name, fingerprint=encoder.fingerprint, size=encoder.size, dim=encoder.dim, depth=encoder.depth,
                  layer=run.layer)
-    result = dict(name=run.folder_name, encoder=about, tasks=results, environment=environment())
+    result = dict(name=run.folder_name, encoder=about, tasks=results, environment=environment(encoder.device))
     if run.against: result['against'] = dict(name=run.against, differences=compare(results, right, other).to_dict('records'))
     save_arrays(folder/'right.npz', {f'{t}/{how}': v for t, r in right.items() for how, v in r.items()})
     if maps: save_arrays(folder/'maps.npz', {f'{t}/{k}': v for t, m in maps.items() for k, v in m.items()})

@@ -244,7 +244,7 @@ def adamw(x, y, held, y_held, classes:int, settings:list, epochs:int, seed:int=0
             for v, grad, (m, s) in zip((w, b), (x[rows].T @ p/len(rows), p.mean(1, keepdim=True)), moments):
                 m.lerp_(grad, .1), s.lerp_(grad.square(), .001)
                 v.mul_(1 - now*wd).sub_(now*(m/(1 - .9**step))/((s/(1 - .999**step)).sqrt() + 1e-8))
-        right = ((held @ w + b).argmax(-1) == y_held).float().mean(1).tolist()
+        right = (torch.cat([(h @ w + b).argmax(-1) for h in held.split(batch)], 1) == y_held).float().mean(1).tolist()
         best = [(r, epoch, torch.cat([w[i], b[i]])) if r > best[i][0] else best[i] for i, r in enumerate(right)]
     return best
 

@@ -210,23 +210,27 @@ class Views:
 
 # %% ../nbs/01_views.ipynb #8f5befc5
 def make_views(groups, # lists of `View`s; the views of a group have one size
-               images, hw, seed:int, epochs, ids, mean, std, dtype=torch.float32)->list: # one (V*B, 3, S, S) tensor per group
+               images, hw, seed:int, epochs, ids, mean, std, dtype=torch.float32,
+               at_once:int=0, # pictures, 0 for all; it takes several times the memory of the views
+              )->list: # one (V*B, 3, S, S) tensor per group
     "All views of a batch, group by group"
-    out, first, epochs, ids, hw = [], 0, epochs.cpu(), ids.cpu(), hw.cpu()
+    out, first, epochs, ids, hw, some = [], 0, epochs.cpu(), ids.cpu(), hw.cpu(), at_once or len(images)
     for views in groups:
         u = draws(seed, epochs, ids, torch.arange(first, first + len(views))).to(dtype)
-        out.append(Views(views, mean, std)(images, hw, u))
+        make = Views(views, mean, std)
+        parts = [make(images[a:a + some], hw[a:a + some], u[:, a:a + some]).unflatten(0, (len(views), -1)) for a in range(0, len(images), some)]
+        out.append((torch.cat(parts, 1) if len(parts) > 1 else parts[0]).flatten(0, 1))
         first += len(views)
     return out
 
 class AddViews:
     "Replaces the pictures of a batch by their views, on the device or in a loader process"
-    def __init__(self, groups, seed:int, mean, std, dtype=torch.float32):
-        self.groups, self.seed, self.mean, self.std, self.dtype = groups, seed, mean, std, dtype
+    def __init__(self, groups, seed:int, mean, std, dtype=torch.float32, at_once:int=0): # as in `make_views`
+        self.groups, self.seed, self.mean, self.std, self.dtype, self.at_once = groups, seed, mean, std, dtype, at_once
     @torch.no_grad()
     def __call__(self, batch:dict)->dict: # with images, hw, epochs, ids
         views = make_views(self.groups, batch['images'], batch['hw'], self.seed, batch['epochs'], batch['ids'], self.mean, self.std,
-                           self.dtype)
+                           self.dtype, self.at_once)
         return {k: v for k, v in batch.items() if k not in ('images', 'hw')} | dict(views=views)
 
 def centre(images:torch.Tensor, hw:torch.Tensor, size:int, mean, std)->torch.Tensor: # (B, 3, size, size)

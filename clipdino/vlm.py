@@ -590,6 +590,12 @@ class Stage:
                     clock, since, waited = time.time(), self.step, 0.
                 if self.step % save_every == 0 or self.step == self.steps: self.save()
 
+    def release(self):
+        "Let go of moments, and of DDP, which would keep all weights in one piece beside the shards that are made of them"
+        self.__dict__.pop('model', None)
+        self.opt = None
+        self.p.acc.free_memory()
+
 # %% ../nbs/05_vlm.ipynb #5ff7b131
 def gpu_memory(device:torch.device)->float: # bytes; without end where there is no GPU
     return torch.cuda.get_device_properties(device).total_memory if device.type == 'cuda' else math.inf
@@ -597,7 +603,7 @@ def gpu_memory(device:torch.device)->float: # bytes; without end where there is 
 class Parts:
     "What a run is made of"
     def __init__(self, run:VLMRun, folder:Path, acc):
-        self.run, self.folder, self.acc, self.environment = run, folder, acc, environment()
+        self.run, self.folder, self.acc, self.environment = run, folder, acc, environment(acc.device)
         self.encoder = load_encoder(run.encoder, acc.device)
         self.fingerprint = self.encoder.fingerprint  # before it becomes part of the VLM
         self.build()
@@ -643,7 +649,7 @@ class Parts:
             self.build()
             self.train_lm()  # for its adapters
             self.reader.load_state_dict(state)
-        self.reader.to(self.acc.device)
+        if self.run.questions: self.reader.to(self.acc.device)  # for `Held`
 
     def train_lm(self):
         "Make the language model, or adapters in it, trainable"
@@ -705,6 +711,8 @@ def check_inputs(run:VLMRun):
     check(run.llm != '', 'llm is empty: give world, or a causal language model of transformers by folder or hub name')
     if run.llm.startswith('world:'): lm_settings(run.preset, run.llm.removeprefix('world:'))
     check_launch()
+    check(launched() or run.processes <= (torch.cuda.device_count() or run.processes),
+          f'processes={run.processes}, but this machine has {torch.cuda.device_count()} GPUs for them')
     for k in (1, 2):
         spec, samples, batch = (run.of(k, v) for v in ('data', 'samples', 'batch'))
         check(batch % n == 0, f'stage{k}_batch={batch} must be a multiple of the {n} processes')
@@ -760,8 +768,10 @@ def train(run:VLMRun, folder:Path)->dict:
             say(f'continuing {folder.name} from step {at - first.steps*bool(second)} of stage {1 + bool(second)}')
         if not second:
             first.fit()
+            first.release()
             second = Stage(p, 2)
         second.fit()
+        second.release()
         p.join()
         return on_main(acc, lambda: finish(p, [first, second], begun))
 

@@ -392,7 +392,7 @@ def evaluate_in(folder:Path, run:Score, questions:Questions|None)->dict:
     asked = dict(name=questions.name, fingerprint=questions.fingerprint, n=len(questions), skipped=dict(questions.skipped),
                  doubled=questions.doubled)
     result = dict(name=run.folder_name, vlm=dict(name=vlm.name, fingerprint=vlm.fingerprint, **vlm.about), questions=asked,
-                  blind=run.blind, score=score(rows), environment=environment())
+                  blind=run.blind, score=score(rows), environment=environment(vlm.model.device))
     if run.against: result['against'] = dict(name=run.against, differences=compare(rows, predictions(other)))
     write_json(folder/'result.json', result)
     s = result['score']

@@ -19,7 +19,7 @@ import clipdino.data as data
 from clipdino.core import Settings, SettingsError, mix
 from clipdino.data import BadData
 from clipdino.encoders import load_encoder
-from clipdino.objectives import OWN, Objective, Own, TextTower, clip_loss, make_encoder, siglip_loss
+from clipdino.objectives import OWN, Objective, Own, TextTower, clip_loss, dino_loss, make_encoder, siglip_loss, similarities
 from clipdino.pretrain import MEAN, OBJECTIVES, Pretrain, STD, Trainer, accelerator, arguments, check_inputs, helps, main, make_objective, one_view, pretrain, program, settings, spawn, state_tensors, view_groups, world_size
 from clipdino.views import make_views
 
@@ -242,7 +242,8 @@ def test_no_copy_to_the_device_blocks(objective):
     assert copies.seen[True] > 1 and not copies.seen[False]
 
 @pytest.mark.parametrize('loss',
-                         [lambda x, t: clip_loss(x, t, torch.tensor(100.)), lambda x, t: siglip_loss(x, t, torch.tensor(100.), torch.tensor(-10.))], ids=['clip', 'siglip'])
+                         [lambda x, t: clip_loss(x, t, torch.tensor(100.)), lambda x, t: siglip_loss(x, t, torch.tensor(100.), torch.tensor(-10.)),
+                          lambda x, t: dino_loss(similarities(x[:, None], t)/.1, similarities(t[:, None], x).div(.02).softmax(-1))], ids=['clip', 'siglip', 'dino'])
 def test_logits_are_not_rounded(loss):
     x, t = (F.normalize(torch.randn(16, 64, generator=torch.Generator().manual_seed(k)), dim=1) for k in (0, 1))
     with torch.autocast('cpu', torch.bfloat16): rounded = loss(x, t)

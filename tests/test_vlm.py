@@ -1,5 +1,5 @@
 "VLMs: what is saved is what was trained, in the form that others open; what runs are, however they are cut, split or fed."
-import json, os, random, shutil, signal, subprocess, sys, time
+import gc, json, os, random, shutil, signal, subprocess, sys, time, weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -445,7 +445,10 @@ def test_a_notebook_starts_processes(monkeypatch):
 
 def split(run, until):
     "Train as one of several processes, up to a step of stage 2 or to the end; what was seen"
-    update, local = Stage.update, []
+    update, fit, local, whole = Stage.update, Stage.fit, [], []
+    def begin(self):
+        if run.shard and self.k == 1: whole.extend(weakref.ref(v) for n, v in self.p.reader.lm.named_parameters() if 'embed' not in n)
+        return fit(self)
     def step(self, parts):
         if until and (self.k, self.step) == (2, until): raise Cut
         if run.shard and self.k == 2 and not hasattr(self.p.acc, 'plain_backward'):
@@ -456,9 +459,12 @@ def split(run, until):
             self.p.acc.backward = backward
             assert 'forward' not in self.p.reader.__dict__, 'nor a forward of accelerate that keeps whole weights'
         out = update(self, parts)
-        if run.shard and self.k == 2 and not local: local.extend(v.to_local().numel() for v in self.p.reader.parameters())
+        if run.shard and self.k == 2 and not local:
+            gc.collect()
+            assert not any(v() is not None for v in whole), 'nor does what trained stage 1'
+            local.extend(v.to_local().numel() for v in self.p.reader.parameters())
         return out
-    Stage.update = step
+    Stage.update, Stage.fit = step, begin
     try: return train(run, Path('runs')/run.name), local
     except Cut: return until
 
