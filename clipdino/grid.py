@@ -109,6 +109,7 @@ STUDIES = dict(
     stage1=Study(('clip', 'dino'), vlm=(dict(stage1_samples=times(1/8)),), kinds=('vlm', 'score'), untrained=True),
     stage2=Study(('clip', 'dino'), vlm=(LONGER,), kinds=('vlm', 'score'), untrained=True),
     early_stage2=Study(('clip',), pretrain=(EARLY,), vlm=(LONGER,), kinds=('vlm', 'score')),
+    captions_stage2=Study(('clip',), pretrain=(dict(captions='no-text'),), vlm=(LONGER,), kinds=('vlm', 'score')),
     connector=Study(('clip', 'dino'), vlm=tuple(dict(connector=c) for c in CONNECTORS if c != 'mlp'), kinds=('vlm', 'score')),
     llm=Study(('clip', 'dino'), vlm=(dict(llm=another_llm),), kinds=('vlm', 'score')))
 

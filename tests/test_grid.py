@@ -101,6 +101,8 @@ def test_the_other_studies():
         assert [r.encoder for r in v] == ['clip-mini-s0', 'dino-mini-s0', 'random:clip-mini-s0'] and {getattr(r, f'{s}_samples') for r in v} == {times*getattr(g.vlm_settings('mini'), f'{s}_samples')}
     early, = (j.run for j in of('early_stage2', seeds=1).values() if j.kind == 'vlm')
     assert early.encoder in of('early', seeds=1) and early.encoder.startswith('clip-mini-s0-samples-') and early.stage2_samples == 4*g.vlm_settings('mini').stage2_samples
+    unnamed, = (j.run for j in of('captions_stage2', seeds=1).values() if j.kind == 'vlm')
+    assert (unnamed.encoder, unnamed.stage2_samples) == ('clip-mini-s0-captions-no-text', early.stage2_samples)
     assert set(llm) == {'clip-mini-s0', 'dino-mini-s0', 'lm-mini-wide',
                         *(f'{s}vlm-{o}-mini-s0-world-wide' for o in ('clip', 'dino') for s in ('', 'score-'))}
     assert llm['lm-mini-wide'].run.width == 2*g.lm_settings('mini').width
