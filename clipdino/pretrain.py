@@ -236,9 +236,9 @@ SMOKE = dict(images=128, canvas=32, samples=128, batch=16, arch='clipdino_vit_sm
              local_crops=2, prototypes=32,
              head_hidden=32, bottleneck=16, compile='off', probes=1, save_every=64)
 MINI = {}
-SMALL = dict(images=262144, canvas=144, samples=3_145_728, batch=1024, image_size=128, arch='vit_small_patch16_224', dim=384,
+SMALL = dict(images=262144, canvas=144, samples=1_048_576, batch=256, image_size=128, arch='vit_small_patch16_224', dim=384,
              text_width=384, text_layers=6, vocab=8192,
-             local_size=64, local_crops=8, prototypes=8192, head_hidden=2048, bottleneck=256, momentum=.99, probes=8, save_every=524288,
+             local_size=64, local_crops=8, prototypes=8192, head_hidden=2048, bottleneck=256, momentum=.99, probes=8, save_every=262144,
              workers=8)
 PAPER = dict(data='', canvas=384, samples=245_760_000, batch=8192, micro=256, lr=1e-3, min_lr=0., warmup=1000/30000, beta2=.95, eps=1e-6,
              weight_decay=.2, weight_decay_end=.2,
@@ -251,7 +251,7 @@ BY_OBJECTIVE = dict(
     smoke=dict(dino=DINO_VIEWS),
     mini=dict(dino=dict(DINO_VIEWS, local_crops=0, hue=.5, head_norm=True, batch=32, lr=5e-4, weight_decay=.04, weight_decay_end=.04,
                         prototypes=1024, warmup_teacher_temp=.02, warmup_teacher=.3)),
-    small=dict(dino=dict(DINO_VIEWS, local_crops=0, hue=.5, head_norm=True, weight_decay=.04, weight_decay_end=.04,
+    small=dict(dino=dict(DINO_VIEWS, local_crops=0, hue=.5, head_norm=True, lr=5e-4, weight_decay=.04, weight_decay_end=.04,
                          warmup_teacher_temp=.02, warmup_teacher=.3)),
     paper=dict(dino=dict(DINO_VIEWS, batch=1024, lr=2e-3, min_lr=1e-6, warmup=.1, beta2=.999, eps=1e-8, weight_decay=.04,
                          weight_decay_end=.4, clip_grad=3., clip_per='parameter',
