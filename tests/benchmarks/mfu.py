@@ -2,8 +2,8 @@
 
     python tests/benchmarks/mfu.py OUT.csv [--models small vit-b] [--data SHARDS] [--batch 256] [--steps 30]
 
-MFU is the operations that `cost` counts for the objective, forward and backward, over what a large matrix product reaches on this device in the same precision. Views are made on the device as in a run. Without `--data`
-the pictures are noise that need no decoding, and the share of waiting says only what batching costs. Made for one GPU; it runs on a CPU too, where `--batch 8 --steps 3` will do.
+MFU is the operations that `cost` counts for the objective, forward and backward, over what a large matrix product reaches on this device in the same precision. Views are made on the device, and batches
+by the preset's loader processes, as in a run. Without `--data` the pictures are noise that need no decoding, under captions of the greatest length. Made for one GPU; it runs on a CPU too, where `--batch 8 --steps 3` will do.
 """
 import argparse, tempfile, time
 from pathlib import Path
@@ -55,7 +55,7 @@ def main(out, models, data, batch, steps):
     for model in models:
         for o in 'clip', 'siglip', 'dino':
             run = settings('small' if model == 'small' else 'paper', o, data=data or 'world', batch=batch, samples=batch*(steps + 100),
-                           probes=0, **{} if data else dict(workers=0))
+                           probes=0)
             rows.append(dict(model=model, objective=o, batch=batch, **measure(run, data, steps)) | {k: v for k, v in environment().items() if k in ('device', 'commit')} | dict(torch=torch.__version__))
             print(rows[-1], flush=True)
             pd.DataFrame(rows).round(4).to_csv(out, index=False)
