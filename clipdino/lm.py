@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from .chat import MARK, SHORT, Form
 from .core import PRESETS, Progress, Settings, cache_dir, check, digest, generator, locked, np_rng, one_of, prefetch, say, writing
-from .pretrain import load_state, save_state
+from .pretrain import has_bf16, load_state, save_state
 from .questions import CATEGORIES, INSTRUCTION, LETTERS, prompt
 from .world import NAMES, POSITIONS, caption, versions
 from .worldvqa import QUESTIONS, WorldVQA, describe, knowledge
@@ -152,7 +152,7 @@ def train_small(run:SmallLM, tokenizer, device='cpu', folder:Path|None=None, eve
             torch.optim.AdamW(rest, betas=(.9, .98), weight_decay=0., fused=True))
     start = load_state(folder, model.model, Both(*opts)) if folder else 0
     if start: say(f'continuing the small language model from step {start} of {steps}')
-    half = torch.device(device).type == 'cuda' and torch.cuda.is_bf16_supported(including_emulation=False)
+    half = torch.device(device).type == 'cuda' and has_bf16()
     letters, shown = torch.tensor(tokenizer.convert_tokens_to_ids(list(LETTERS)), device=device), Progress(steps, start)
     for step, (ids, weights) in enumerate(prefetch(batches(run, form, start)), start + 1):
         ids, weights = ids.to(device), weights.to(device)

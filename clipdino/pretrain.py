@@ -9,8 +9,8 @@ __all__ = ['OBJECTIVES', 'DISTILS', 'LAUNCHED', 'SMOKE', 'MINI', 'SMALL', 'PAPER
            'check_inputs', 'settings', 'make_objective', 'dtype_of', 'one_view', 'two_views', 'view_groups',
            'make_source', 'param_groups', 'schedule', 'features', 'world_tasks', 'labelled_task', 'Probe',
            'state_tensors', 'tensors_digest', 'save_state', 'load_state', 'clip_gradients', 'NonFinite', 'Stopped',
-           'kind_of', 'check_kind', 'check_noted', 'check_settings', 'make_probe', 'precision_of', 'accelerator',
-           'on_main', 'agree', 'Parts', 'Trainer', 'probe_keys', 'last_scores', 'Watch', 'fit', 'cost',
+           'kind_of', 'check_kind', 'check_noted', 'check_settings', 'make_probe', 'has_bf16', 'precision_of',
+           'accelerator', 'on_main', 'agree', 'Parts', 'Trainer', 'probe_keys', 'last_scores', 'Watch', 'fit', 'cost',
            'samples_at_cost_of', 'Blank', 'seconds_per_image', 'costs', 'show_costs', 'ahead', 'export_encoder',
            'open_encoder', 'retrieval_ranks', 'retrieval', 'final_scores', 'finish', 'complete', 'looked_up',
            'only_one', 'train', 'pretrain', 'arguments', 'spawn', 'helps', 'program', 'main', 'collect', 'recipe',
@@ -204,14 +204,16 @@ def unused(objective:str)->list:
 LAUNCHED = dict(ACCELERATE_USE_FSDP='false', ACCELERATE_USE_DEEPSPEED='false', ACCELERATE_USE_MEGATRON_LM='false',
                 ACCELERATE_GRADIENT_ACCUMULATION_STEPS='1', ACCELERATE_DYNAMO_BACKEND='no')
 
-def check_launch():
-    "Refuse a launch that would shard weights, accumulate gradients or compile: that is for a run's settings to say"
+def check_launch(run:Settings): # of pre-training or of a VLM
+    "Refuse more processes than GPUs, and a launch that would shard weights, accumulate gradients or compile: that is for a run's settings to say"
+    check(launched() or run.processes <= (torch.cuda.device_count() or run.processes),
+          f'processes={run.processes}, but this machine has {torch.cuda.device_count()} GPUs for them')
     odd = [f'{k}={os.environ[k]}' for k, same in LAUNCHED.items() if os.environ.get(k, same).lower() != same]
     check(not odd, f'accelerate was launched with {", ".join(odd)}, which would change the run behind its settings: launch without, and give micro, compile or, for a VLM, shard as settings')
 
 def check_inputs(run:Pretrain):
     "Refuse a run that can't be split over its processes, or whose shards or text model are not there"
-    check_launch()
+    check_launch(run)
     check(run.data != '', 'data is empty: give image-text shards with -p data, or world')
     check(not run.eval_data or is_joint(run.objective),
           f'eval_data is for objectives with images and captions in one space, and {run.objective} has none')
@@ -223,8 +225,6 @@ def check_inputs(run:Pretrain):
             check(getattr(run, f) == getattr(usual, f), f'{f}={getattr(run, f)} is for data=world; shards have the {f} that are in them')
     n = world_size(run)
     check(run.batch % n == 0, f'batch={run.batch} must be a multiple of the {n} processes')
-    check(launched() or run.processes <= (torch.cuda.device_count() or run.processes),
-          f'processes={run.processes}, but this machine has {torch.cuda.device_count()} GPUs for them')
     if run.objective == 'clip-lm': text_config(run.text_model, run.unlocked)
     if run.data != 'world': expand(run.data)
     if run.eval_data: Shards(run.eval_data, run.canvas)
@@ -495,10 +495,11 @@ def make_probe(run:Pretrain, split:str='val'):
 # how long processes wait for the first one while it probes, saves or exports; torch's ten minutes would end the run
 _PATIENCE = timedelta(hours=1)
 
-def precision_of(run:Pretrain)->str:
+def has_bf16()->bool: return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)  # a GPU that computes in it
+
+def precision_of(run:Settings)->str: # of pre-training or of a VLM
     "What `auto` means on this machine: bf16 on a GPU that has it, else fp32"
-    if run.precision != 'auto': return run.precision
-    return 'bf16' if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else 'fp32'
+    return run.precision if run.precision != 'auto' else 'bf16' if has_bf16() else 'fp32'
 
 def accelerator(run:Pretrain, folder:Path)->Accelerator:
     "Devices, processes, precision and tracker"

@@ -710,9 +710,7 @@ def check_inputs(run:VLMRun):
     n = world_size(run)
     check(run.llm != '', 'llm is empty: give world, or a causal language model of transformers by folder or hub name')
     if run.llm.startswith('world:'): lm_settings(run.preset, run.llm.removeprefix('world:'))
-    check_launch()
-    check(launched() or run.processes <= (torch.cuda.device_count() or run.processes),
-          f'processes={run.processes}, but this machine has {torch.cuda.device_count()} GPUs for them')
+    check_launch(run)
     for k in (1, 2):
         spec, samples, batch = (run.of(k, v) for v in ('data', 'samples', 'batch'))
         check(batch % n == 0, f'stage{k}_batch={batch} must be a multiple of the {n} processes')

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPConfig, T5Config, ViTConfig
 
-import clipdino.data as data
+import clipdino.data as data, clipdino.vlm as vlm
 from clipdino.core import Settings, SettingsError, mix
 from clipdino.data import BadData
 from clipdino.encoders import load_encoder
@@ -217,7 +217,8 @@ def test_processes_that_share_no_folder_are_refused(tmp_path):
 
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr('torch.cuda.device_count', lambda: 1)
-    with pytest.raises(SettingsError, match='processes=2, but this machine has 1 GPUs'): check_inputs(settings('smoke', processes=2))
+    for run, refuse in (settings('smoke', processes=2), check_inputs), (vlm.settings('smoke', processes=2), vlm.check_inputs):
+        with pytest.raises(SettingsError, match='processes=2, but this machine has 1 GPUs'): refuse(run)
 
 # ---- what only a GPU would show
 
