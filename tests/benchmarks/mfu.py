@@ -54,8 +54,7 @@ def main(out, models, data, batch, steps):
     rows = []
     for model in models:
         for o in 'clip', 'siglip', 'dino':
-            run = settings('small' if model == 'small' else 'paper', o, data=data or 'world', batch=batch, samples=batch*(steps + 100),
-                           probes=0)
+            run = settings('small' if model == 'small' else 'paper', o, data=data or 'world', batch=batch, samples=batch*(steps + 100), probes=0)
             rows.append(dict(model=model, objective=o, batch=batch, **measure(run, data, steps)) | {k: v for k, v in environment().items() if k in ('device', 'commit')} | dict(torch=torch.__version__))
             print(rows[-1], flush=True)
             pd.DataFrame(rows).round(4).to_csv(out, index=False)
