@@ -873,10 +873,12 @@ def looked_up(folder:Path)->dict:
 
 @contextmanager
 def only_one(folder:Path, acc:Accelerator):
-    "`alone`, for a run of several processes"
+    "`alone`, for a run of several processes; its trackers end with it"
     with ExitStack() as held:
         on_main(acc, lambda: held.enter_context(alone(folder)))
-        yield
+        try: yield
+        finally:
+            for tracker in acc.trackers: tracker.finish()
 
 def train(run:Pretrain, folder:Path)->dict:
     "Begin or continue a run, as one of its processes"
@@ -947,7 +949,9 @@ def program(module:str, kind:type, go, about:str, args=None): # settings' class;
         shown = go(**{k: v for k, v in vars(p.parse_args(args)).items() if v is not None})
         if int(os.environ.get('RANK', 0)) == 0: say(json.dumps(shown))
         if dist.is_initialized():
-            dist.destroy_process_group()  # its threads would be torn down with the interpreter, which can abort a process that is done
+            dist.destroy_process_group()
+            sys.stdout.flush()
+            os._exit(0)  # a group that anything still holds, as a mesh does, has threads, which can abort an interpreter that is being torn down
     except (SettingsError, BadData, NonFinite, Stopped, CannotWrite) as e: sys.exit(REFUSED + str(e))
     except KeyboardInterrupt:
         if int(os.environ.get('RANK', 0)) == 0: say('interrupted; the same command goes on from the last saved state')

@@ -12,7 +12,7 @@ from torchvision.transforms import InterpolationMode, functional as TF
 
 from clipdino.core import SettingsError, read_json, write_json
 from clipdino.data import loader
-from clipdino.pretrain import OBJECTIVES, NonFinite, Trainer, accelerator, ahead, check_settings, clip_gradients, complete, cost, final_scores, finish, fit, make_probe, make_source, open_encoder, retrieval, retrieval_ranks, schedule, settings, state_tensors, tensors_digest
+from clipdino.pretrain import OBJECTIVES, NonFinite, Trainer, accelerator, ahead, check_settings, clip_gradients, complete, cost, final_scores, finish, fit, make_probe, make_source, only_one, open_encoder, retrieval, retrieval_ranks, schedule, settings, state_tensors, tensors_digest, train
 from clipdino.views import centre
 from clipdino.world import POLICIES, World
 
@@ -248,9 +248,15 @@ def test_settings_that_hybrid_refuses(given, message):
 
 def test_tracker(tmp_path):
     pytest.importorskip('tensorboard')
-    t = trained(smoke('clip', 'x', tracker='tensorboard'), tmp_path)
-    t.acc.end_training()
+    train(smoke('clip', 'x', tracker='tensorboard'), tmp_path)
     assert list(tmp_path.rglob('events.out.tfevents*'))
+
+def test_trackers_end_with_their_run(tmp_path):
+    "However it ends, so that the next one in a notebook has its own"
+    acc, ended = accelerator(smoke('clip', 'x'), tmp_path), []
+    acc.trackers = [SimpleNamespace(finish=lambda: ended.append(True))]
+    with pytest.raises(KeyboardInterrupt), only_one(tmp_path, acc): raise KeyboardInterrupt
+    assert ended
 
 @pytest.mark.parametrize('objective', ['clip', 'dino'])
 def test_looking_ahead_changes_nothing(tmp_path, objective, capsys):

@@ -1,5 +1,5 @@
 "A batch in parts, or over several processes, gives the gradients of the batch in one piece; and what can be known of GPUs without one."
-import json, os, re, subprocess, time
+import json, os, re, subprocess, sys, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
@@ -141,6 +141,28 @@ def test_an_interrupted_program_says_so(capsys):
     def go(**given): raise KeyboardInterrupt
     with pytest.raises(SystemExit) as e: program('x', Pretrain, go, 'About.', [])
     assert e.value.code == 130 and 'goes on from the last saved state' in capsys.readouterr().out
+
+def test_a_process_that_is_done_ends_well(tmp_path):
+    "Though its group has work left, whose tensors would be given back to an interpreter that is being torn down"
+    code = '''if True:
+        import sys, time, torch, torch.distributed as dist
+        from torch.distributed.device_mesh import init_device_mesh
+        from clipdino.pretrain import Pretrain, program
+        def go(**given):
+            dist.init_process_group('gloo', init_method='file://' + sys.argv[1], rank=int(sys.argv[2]), world_size=2)
+            sys.held = init_device_mesh('cpu', (2,))
+            tensors = [torch.ones(1) for _ in range(20_000)]
+            for t in tensors:
+                dist.all_reduce(t, async_op=True)
+                if sys.argv[2] == '1': time.sleep(1e-4)
+            return 'done'
+        program('x', Pretrain, go, 'About.', [])'''
+    first, slow = [subprocess.Popen([sys.executable, '-c', code, tmp_path/'group', str(k)], env=dict(os.environ, RANK=str(k)), stdout=subprocess.PIPE,
+                                    stderr=subprocess.STDOUT, text=True) for k in range(2)]
+    out, _ = first.communicate(timeout=120)
+    slow.kill()
+    slow.communicate()
+    assert (first.returncode, out.strip()) == (0, '"done"')
 
 def test_a_batch_that_processes_can_not_share_is_refused():
     with pytest.raises(SettingsError, match='batch=16 must be a multiple of the 3 processes'): check_inputs(settings('smoke', processes=3))
