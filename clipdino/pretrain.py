@@ -765,7 +765,8 @@ def show_costs(t:pd.DataFrame): # from `costs`
     def span(h): return f'{3600*h:.2g} s' if h < 1/60 else f'{60*h:.0f} min' if h < 2 else f'{h:.0f} h' if h < 72 else f'{h/24:,.0f} days'
     names = {'gflop': 'GFLOP', 'state_gb': 'weights, GB', 'activations_mb': 'activations, MB', 'hours here': 'here'}
     times = [c for c in ('here', *GPUS) if c in t.rename(columns=names)]
-    return t.rename(columns=names).style.set_uuid('costs').format(number, subset=['images', 'GFLOP', 'weights, GB', 'activations, MB']).format(span, subset=times).hide()
+    shown = t.rename(columns=names).style.set_uuid('costs').format(number, subset=['images', 'GFLOP', 'weights, GB', 'activations, MB'])
+    return shown.format(lambda h: span(h).replace(' ', '\N{NO-BREAK SPACE}'), subset=times).hide()
 
 def ahead(t:'Trainer'):
     "Say what a run will take, if it is a long one"
